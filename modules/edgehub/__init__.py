@@ -1,0 +1,1 @@
+"""edgehub: bridges the bus to a KubeEdge CloudHub."""

@@ -1,0 +1,1 @@
+"""eventbus: bridges the bus to an MQTT broker."""
