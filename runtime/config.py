@@ -1,0 +1,312 @@
+"""The node's configuration: KubeEdge's `edgecore.yaml` (v1alpha2) plus our section `runtime:`, as checked values.
+
+The CLI reads the YAML, `runtime.edgecore` checks it, and `store` writes it to `run/node.json`, where every
+process `load`s it. No process but the CLI needs a YAML library, and a wrong key stops the node before
+anything is started. Keys and defaults are those of KubeEdge (docs/configuration.md says where not).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, field
+
+from runtime.emp import MAX_BATCH_MESSAGES, MAX_MESSAGE_BYTES
+from runtime.errors import ConfigError
+from runtime.home import Home, bus_endpoint, find_home
+from runtime.names import NAME_PATTERN
+
+_CA_FILE = "/etc/kubeedge/ca/rootCA.crt"
+_CERT_FILE = "/etc/kubeedge/certs/server.crt"
+_KEY_FILE = "/etc/kubeedge/certs/server.key"
+
+Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
+Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+CountOrNone = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Seconds = Annotated[float, Meta(gt=0, le=31_536_000)]
+WholeSeconds = Annotated[int, Meta(ge=1, le=86_400)]
+Bytes = Annotated[int, Meta(ge=1, le=2**40)]
+
+
+def default_node_name() -> str:
+    """The host's name in the form Kubernetes wants a node's name in (KubeEdge: util.GetHostname)."""
+    return os.uname().nodename.strip().lower() or "edge-node"
+
+
+# --- KubeEdge's sections ------------------------------------------------------------------------
+
+
+class Section(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
+    """One mapping of `edgecore.yaml`; a field `tls_ca_file` is its key `tlsCaFile`."""
+
+
+class WebsocketSection(Section, frozen=True):
+    """`modules.edgeHub.websocket`"""
+
+    enable: bool = True
+    server: str = "127.0.0.1:10000"
+    "host:port of CloudHub."
+    handshake_timeout: WholeSeconds = 30
+    read_deadline: WholeSeconds = 15
+    "Read, not used: an idle link is judged by its progress."
+    write_deadline: WholeSeconds = 15
+
+
+class QuicSection(Section, frozen=True):
+    """`modules.edgeHub.quic`"""
+
+    enable: bool = False
+    server: str = "127.0.0.1:10001"
+    handshake_timeout: WholeSeconds = 30
+    read_deadline: WholeSeconds = 15
+    "Read, not used (as in KubeEdge)."
+    write_deadline: WholeSeconds = 15
+    "Read, not used (as in KubeEdge)."
+
+
+class EdgeHubSection(Section, frozen=True):
+    """`modules.edgeHub`: the link to the cloud."""
+
+    enable: bool = True
+    heartbeat: Annotated[int, Meta(ge=1, le=3600)] = 15
+    "Seconds between two keepalive messages."
+    message_qps: CountOrNone = field(default=30, name="messageQPS")
+    "Uploads per second, on average; 0 = no limit. Every file that keadm makes has 30."
+    message_burst: CountOrNone = 60
+    "Uploads that may go at once."
+    project_id: Annotated[str, Meta(min_length=1)] = field(default="e632aba927ea4ac2b575ec1603d56f10", name="projectID")
+    tls_ca_file: str = _CA_FILE
+    tls_cert_file: str = _CERT_FILE
+    tls_private_key_file: str = _KEY_FILE
+    websocket: WebsocketSection = WebsocketSection()
+    quic: QuicSection = QuicSection()
+    http_server: str = "https://127.0.0.1:10002"
+    "Where certificates are asked for."
+    token: str = ""
+    rotate_certificates: bool = True
+
+
+class EventBusTlsSection(Section, frozen=True):
+    """`modules.eventBus.eventBusTLS`: TLS towards the external MQTT broker."""
+
+    enable: bool = False
+    tls_mqtt_ca_file: str = field(default=_CA_FILE, name="tlsMqttCAFile")
+    tls_mqtt_cert_file: str = _CERT_FILE
+    tls_mqtt_private_key_file: str = _KEY_FILE
+
+
+class EventBusSection(Section, frozen=True):
+    """`modules.eventBus`: MQTT on the node."""
+
+    enable: bool = True
+    mqtt_mode: Literal[0, 1, 2] = 2
+    "0 = built-in broker only, 1 = both, 2 = external broker only."
+    mqtt_server_external: str = "tcp://127.0.0.1:1883"
+    mqtt_server_internal: str = "tcp://127.0.0.1:1884"
+    mqtt_qos: Literal[0, 1, 2] = field(default=0, name="mqttQOS")
+    "Of the built-in broker. Towards an external one QoS 1 is always used."
+    mqtt_retain: bool = False
+    "Of the built-in broker."
+    mqtt_session_queue_size: Count = 100
+    "Messages the built-in broker keeps per session."
+    mqtt_sub_client_id: str = field(default="", name="mqttSubClientID")
+    mqtt_pub_client_id: str = field(default="", name="mqttPubClientID")
+    mqtt_username: str = ""
+    mqtt_password: str = ""
+    event_bus_tls: EventBusTlsSection = field(default=EventBusTlsSection(), name="eventBusTLS")
+
+
+# --- ours: `runtime:` -----------------------------------------------------------------------------
+
+
+class ModuleSection(Section, frozen=True):
+    """`runtime.modules.<name>`: a declared module. While it is away, its messages wait for it."""
+
+    groups: list[Name] = []
+    "Groups it is a member of even while it is away."
+    enable: bool = True
+    "False: not declared after all."
+
+
+class BusSection(Section, frozen=True):
+    """`runtime.bus`"""
+
+    endpoint: str = ""
+    "ipc://PATH or tcp://HOST:PORT; empty: ipc://$EDGEZMQ_HOME/run/bus.sock. EDGEZMQ_BUS wins over it."
+
+
+class BrokerSection(Section, frozen=True):
+    """`runtime.broker`: the limits the broker keeps and tells every module (docs/emp.md, Limits)."""
+
+    byte_budget: Annotated[int, Meta(ge=2**20, le=2**40)] = 64 * 2**20
+    "Held for all modules together, in bytes; above it the broker reads no more from senders."
+    message_bytes: Annotated[int, Meta(ge=1024, le=256 * 2**20)] = MAX_MESSAGE_BYTES
+    "The largest message, in its MessagePack form."
+    window_messages: Count = 4096
+    "Unsettled messages per lane."
+    window_bytes: Bytes = 8 * 2**20
+    "Unsettled bytes per lane. An empty lane always admits one message."
+    batch_messages: Annotated[int, Meta(ge=1, le=MAX_BATCH_MESSAGES)] = 128
+    batch_bytes: Bytes = 64 * 1024
+    heartbeat_seconds: Seconds = 5.0
+    "A module PINGs at least this often."
+    absent_limit_seconds: Seconds = 60.0
+    "An undeclared module that is gone for so long is forgotten, its messages are settled as `gone`."
+    grace_seconds: Seconds = 5.0
+    "After the broker's start: how long messages wait for receivers it has not yet heard of."
+    poison_deaths: Count = 3
+    "A message that was in its receiver's hands at so many deaths is refused as `failed`."
+
+
+class EdgeHubExtras(Section, frozen=True):
+    """`runtime.edgehub`: what KubeEdge's section has no key for."""
+
+    endpoints: list[str] = []
+    "Further CloudHub addresses, host:port, tried in turn after `websocket.server`."
+    keepalive_limit: Seconds = 30.0
+    "CloudHub's keepaliveInterval in seconds; `heartbeat` must be at most half of it."
+    memory_messages: Count = 65_536
+    "Messages held in memory, waiting or unconfirmed."
+    memory_bytes: Annotated[int, Meta(ge=65_536, le=2**40)] = 32 * 2**20
+    window_bytes_max: Annotated[int, Meta(ge=16_384, le=2**40)] = 8 * 2**20
+    "At most so many bytes are written and not yet confirmed by a pong."
+    greeting_seconds: Seconds = 5.0
+    "Time for CloudHub's first answer."
+    request_seconds: Seconds = 60.0
+    "The longest wait for the cloud's answer to a module's request."
+    max_frame_bytes: Annotated[int, Meta(ge=65_536, le=2**31)] = 16 * 2**20
+    "A larger message from the cloud is skipped and counted."
+    downstream_messages: Count = 4096
+    "Received and not yet handled; above it reading stops."
+    downstream_bytes: Annotated[int, Meta(ge=65_536, le=2**40)] = 32 * 2**20
+    max_content_depth: Annotated[int, Meta(ge=1, le=9000)] = 512
+    "Deeper JSON is refused as `invalid`. Go's decoder stops at 10,000."
+    retry_cap_seconds: Annotated[float, Meta(ge=1, le=86_400)] = 60.0
+    "The longest pause between two dials."
+
+
+class EventBusExtras(Section, frozen=True):
+    """`runtime.eventbus`: what KubeEdge's section has no key for."""
+
+    semantics: Literal["head", "2019"] = "head"
+    "Whose topics and operations: KubeEdge of today or of 2019."
+    protocol: Literal["auto", "5", "3.1.1"] = "auto"
+    "MQTT version; auto = 5, and 3.1.1 where the broker refuses 5."
+    receive_window: Annotated[int, Meta(ge=1, le=65_535)] = 1024
+    "Messages in hand and not yet settled (MQTT 5 Receive Maximum)."
+    publish_window: Annotated[int, Meta(ge=1, le=65_535)] = 256
+    "Publishes the MQTT broker has not yet acknowledged."
+    keepalive_seconds: Annotated[int, Meta(ge=5, le=65_535)] = 30
+    session_expiry_seconds: Annotated[int, Meta(ge=0, le=4_294_967_295)] = 4_294_967_295
+    "MQTT 5 session expiry; the default means never."
+    reconnect_max_seconds: Annotated[float, Meta(ge=1, le=3600)] = 30.0
+    "The longest pause between two connects."
+    publish_connection_state: bool = False
+    "Publish the state of the cloud link as an MQTT topic, as KubeEdge of 2019 did."
+    broker_python: str = ""
+    "Python of the virtual environment that has amqtt; empty: the one beside ours, named `…-amqtt`."
+
+
+class WatchdogSection(Section, frozen=True):
+    """`runtime.watchdog`"""
+
+    enable: bool = True
+    poll_seconds: Annotated[float, Meta(ge=0.5, le=300)] = 5.0
+    "How often supervisord is asked for all programs; a death is noticed at once without it."
+    hang_grace_seconds: Annotated[float, Meta(ge=0.1, le=300)] = 2.0
+    "Between SIGABRT (the traceback goes to the log) and SIGKILL for a process that hangs."
+    broker_silence_seconds: Annotated[float, Meta(ge=1, le=600)] = 10.0
+    "A living broker that answers nothing for so long is taken for hung."
+    revive_first_seconds: Seconds = 5.0
+    "Back-off before a program that supervisord gave up (FATAL) is started again: first, doubling, with full jitter."
+    revive_cap_seconds: Seconds = 300.0
+    storm_restarts: Count = 5
+    "So many restarts of one program …"
+    storm_seconds: Seconds = 60.0
+    "… within so many seconds are a restart storm: a warning in the log and in `edgezmq status`."
+
+
+class LogSection(Section, frozen=True):
+    """`runtime.log`"""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    "EDGEZMQ_LOG wins over it."
+
+
+class RuntimeSection(Section, frozen=True):
+    """`runtime`: everything that is ours and not KubeEdge's."""
+
+    modules: dict[str, ModuleSection] = {}
+    "The user's own declared modules. edgehub and eventbus are declared by being enabled."
+    bus: BusSection = BusSection()
+    broker: BrokerSection = BrokerSection()
+    edgehub: EdgeHubExtras = EdgeHubExtras()
+    eventbus: EventBusExtras = EventBusExtras()
+    watchdog: WatchdogSection = WatchdogSection()
+    log: LogSection = LogSection()
+
+
+class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """All of a node's configuration, checked. What `run/node.json` holds."""
+
+    node_name: str = field(default_factory=default_node_name)
+    "`modules.edged.hostnameOverride`, else the host's name."
+    edge_hub: EdgeHubSection = EdgeHubSection()
+    event_bus: EventBusSection = EventBusSection()
+    runtime: RuntimeSection = RuntimeSection()
+
+    def declared_modules(self) -> dict[str, frozenset[str]]:
+        """Name to groups of every module whose messages wait while it is away.
+
+        A module that configuration disables is not among them: nobody would ever fetch its messages.
+        """
+        declared: dict[str, frozenset[str]] = {}
+        if self.edge_hub.enable:
+            declared["edgehub"] = frozenset({"hub"})
+        if self.event_bus.enable:
+            declared["eventbus"] = frozenset({"bus"})
+        for name, module in self.runtime.modules.items():
+            if module.enable:
+                declared[name] = declared.get(name, frozenset()) | frozenset(module.groups)
+        return declared
+
+    def endpoint(self, home: Home | None = None) -> str:
+        """The bus endpoint for processes on this node; the environment may override it."""
+        return bus_endpoint(home or find_home(), self.runtime.bus.endpoint)
+
+
+# --- node.json ------------------------------------------------------------------------------------
+
+
+def load(home: Path | None = None) -> NodeConfig:
+    """The configuration that `edgezmq up` checked and stored; defaults when there is none.
+
+    Raises ConfigError for a file that cannot be read or is not of our making.
+    """
+    path = (Home(home) if home is not None else find_home()).node_json
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return NodeConfig()
+    except OSError as fault:
+        raise ConfigError(str(path), fault.strerror, "a readable file (`edgezmq up` writes it)") from fault
+    try:
+        return msgspec.json.decode(data, type=NodeConfig)
+    except (msgspec.DecodeError, UnicodeDecodeError) as fault:
+        raise ConfigError(str(path), str(fault), "what this version's `edgezmq up` writes; run it again") from fault
+
+
+def store(config: NodeConfig, home: Home) -> None:
+    """Write `run/node.json` (mode 0600, for it may hold a password) in one step. Raises OSError."""
+    path = home.node_json
+    scratch = path.with_suffix(".tmp")
+    scratch.unlink(missing_ok=True)
+    fd = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "wb") as file:
+        file.write(msgspec.json.format(msgspec.json.encode(config), indent=2))
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
