@@ -1,0 +1,59 @@
+"""The settings of a cloudsim."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from cloudsim.hub import HubRules
+from cloudsim.rules import HubVersion
+
+SERVER_NAMES: Final = ("localhost", "127.0.0.1", "::1", "cloudcore")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimConfig:
+    """Everything that `CloudSim` needs to know. The defaults are CloudCore's where it has the setting."""
+
+    directory: Path
+    "Certificates, keys and ports.json."
+    host: str = "127.0.0.1"
+    "Where the websocket listens."
+    port: int = 0
+    "0: a free one. CloudHub's is 10000."
+    control_host: str = "127.0.0.1"
+    "The control API has no authentication: keep it on loopback."
+    control_port: int | None = 0
+    "0: a free one. None: no control API."
+    names: tuple[str, ...] = SERVER_NAMES
+    "Names and addresses in the server's certificate, besides `host`."
+    nodes: tuple[str, ...] = ()
+    "Nodes whose certificates are made at start."
+    keepalive_seconds: float = 30.0
+    node_limit: int | None = None
+    "None: 500, or 10 for the hub of 2019."
+    enforce_authorization: bool = False
+    hub_version: HubVersion = HubVersion.CURRENT
+    replacement_race: float = 0.04
+    "See HubRules."
+    seed: int | None = None
+    "Of the hub's chances; None: a random one."
+    max_message_bytes: int = 128 * 2**20
+    "A larger message from a node ends its connection. CloudHub has no limit; 64 MiB was measured to pass."
+    max_events: int = 200_000
+    max_event_bytes: int = 128 * 2**20
+    max_ids: int = 2_000_000
+    "Message ids remembered to tell the repeated from the new."
+    receive_buffer_bytes: int | None = None
+    "SO_RCVBUF of node connections; a throttled line wants a small one. None: the kernel's own."
+
+    def rules(self) -> HubRules:
+        old = self.hub_version is HubVersion.TREE_2019
+        return HubRules(
+            keepalive_seconds=self.keepalive_seconds,
+            node_limit=self.node_limit if self.node_limit is not None else 10 if old else 500,
+            enforce_authorization=self.enforce_authorization,
+            version=self.hub_version,
+            replacement_race=self.replacement_race,
+        )

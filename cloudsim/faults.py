@@ -1,0 +1,67 @@
+"""Faults on request: what they are called and what they take."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Kind = Literal[
+    "drop",
+    "half-open",
+    "stall",
+    "throttle",
+    "delay",
+    "slow-pong",
+    "close-mid-frame",
+    "drop-at",
+    "reject",
+    "refuse",
+    "restart",
+    "clear",
+]
+
+LASTING: frozenset[Kind] = frozenset({"throttle", "delay", "slow-pong", "reject"})
+"These also meet connections made later, until they are cleared."
+
+
+class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One fault. Fields that a kind does not name are ignored by it.
+
+    drop             TCP and TLS end, without a websocket close frame
+    half-open        nothing is read or written any more, the socket stays (`seconds`, or for good)
+    stall            nothing is read any more; writing goes on (`seconds`, or until cleared)
+    throttle         `bytes_per_second` in each direction
+    delay            `seconds` of round trip time, half of it in each direction
+    slow-pong        each pong goes out `seconds` late
+    close-mid-frame  the next message to the node ends half-way, with the connection
+    drop-at          the `count`-th message from now on ends the connection, handed on first if `dispatched`
+    reject           connections made from now on get no session (`count` of them, or all until cleared)
+    refuse           no connection is accepted (`seconds`, or until cleared); the present ones stay
+    restart          the hub ends all connections and is away for `seconds`
+    clear            ends every lasting fault, stall and half-open state
+    """
+
+    fault: Kind
+    node: str = ""
+    "Empty: all nodes."
+    seconds: float | None = None
+    bytes_per_second: float | None = None
+    count: int | None = None
+    dispatched: bool = False
+
+    def __post_init__(self) -> None:
+        needs_seconds = self.fault in ("delay", "slow-pong")
+        if needs_seconds and self.seconds is None:
+            raise ValueError(f"{self.fault} needs `seconds`")
+        if self.seconds is not None and not 0 <= self.seconds <= 86400:
+            raise ValueError(f"`seconds` is {self.seconds}, expected 0 to 86400")
+        if self.fault == "throttle" and not (self.bytes_per_second and self.bytes_per_second >= 1):
+            raise ValueError("throttle needs `bytes_per_second` of at least 1")
+        if self.count is not None and self.count < 1:
+            raise ValueError(f"`count` is {self.count}, expected at least 1")
+        if self.fault == "drop-at" and self.count is None:
+            raise ValueError("drop-at needs `count`")
+
+    def concerns(self, node: str) -> bool:
+        return not self.node or self.node == node

@@ -1,0 +1,217 @@
+"""A CloudHub in this process: `async with CloudSim(SimConfig(directory=...)) as sim`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any
+
+from cloudsim import tls
+from cloudsim.certificates import Authority, Pair
+from cloudsim.config import SimConfig
+from cloudsim.control import ControlServer
+from cloudsim.faults import Fault
+from cloudsim.hub import Hub
+from cloudsim.recorder import Received, Recorder
+from cloudsim.shell import HubShell
+from cloudsim.websocket import Listener
+from cloudsim.wire import CloudMessage, Header, Route
+from runtime.message import new_id
+
+log = logging.getLogger("cloudsim")
+
+
+class CloudSim:
+    """The double with its listeners; its methods are what the control API offers over HTTP.
+
+    Use it as an async context manager. Raises OSError from `__aenter__` when a port is taken.
+    """
+
+    def __init__(self, config: SimConfig) -> None:
+        self.config = config
+        self.authority = Authority(config.directory)
+        server = self.authority.server([config.host, *config.names])
+        for node in config.nodes:
+            self.authority.node(node)
+        self.recorder = Recorder(config.max_events, config.max_event_bytes, config.max_ids)
+        self.hub = Hub(
+            rules=config.rules(),
+            new_id=new_id,
+            chance=random.Random(config.seed),
+            epoch=time.time() - time.monotonic(),
+            cluster_ca=self.authority.ca.certificate.read_text(),
+        )
+        self.shell = HubShell(self.hub, self.recorder)
+        self._listener = Listener(
+            self.shell,
+            tls.server_context(server, self.authority.ca),
+            config.host,
+            config.port,
+            max_message_bytes=config.max_message_bytes,
+            receive_buffer_bytes=config.receive_buffer_bytes,
+        )
+        self._control = (
+            ControlServer(self, config.control_host, config.control_port) if config.control_port is not None else None
+        )
+        self._reopen: asyncio.Task[None] | None = None
+
+    # --- life --------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> CloudSim:
+        await self._listener.open()
+        try:
+            if self._control is not None:
+                await self._control.open()
+            self._write_ports()
+        except BaseException:
+            await self.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Drop the nodes, close both ports. Idempotent."""
+        self._cancel_reopen()
+        if self._control is not None:
+            await self._control.aclose()
+        self.shell.close()
+        await self._listener.aclose()
+
+    def _write_ports(self) -> None:
+        path = self.config.directory / "ports.json"
+        temporary = path.with_name(".ports.json")
+        temporary.write_text(json.dumps({"port": self.port, "control_port": self.control_port}) + "\n")
+        temporary.replace(path)
+
+    @property
+    def port(self) -> int:
+        """The websocket's port."""
+        return self._listener.port
+
+    @property
+    def control_port(self) -> int | None:
+        return self._control.port if self._control else None
+
+    @property
+    def url(self) -> str:
+        """The server part of the URL nodes connect to."""
+        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
+        return f"wss://{host}:{self.port}"
+
+    @property
+    def ca(self) -> Pair:
+        return self.authority.ca
+
+    def certificate(self, node: str) -> Pair:
+        """The files of a node's certificate, made when they are not there."""
+        return self.authority.node(node)
+
+    # --- the hub -----------------------------------------------------------------------------------
+
+    def send(self, node: str, message: CloudMessage) -> dict[str, str | None]:
+        """A cloud module has a message for a node: `{"id":…, "queue":…, "dropped": reason or None}`."""
+        return self.shell.send(node, message)
+
+    def send_many(self, node: str, messages: Sequence[CloudMessage]) -> list[dict[str, str | None]]:
+        return [self.shell.send(node, message) for message in messages]
+
+    def sessions(self) -> list[dict[str, Any]]:
+        """All connections with state served, rejected or waiting."""
+        return [asdict(view) for view in self.hub.sessions(now=time.monotonic())]
+
+    def is_served(self, node: str) -> bool:
+        """Whether the node has a session. Rejected connections have none."""
+        return self.hub.is_served(node)
+
+    def kick(self, node: str) -> None:
+        """Drop the node's connections."""
+        self.shell.kick(node)
+
+    def delete_node(self, node: str) -> None:
+        """Drop the node's connections and forget what it acknowledged."""
+        self.shell.delete_node(node)
+
+    async def inject(self, fault: Fault | str, node: str = "", **settings: Any) -> None:
+        """A fault, as a value or by name: `await sim.inject("throttle", "edge-a", bytes_per_second=10_000)`."""
+        if isinstance(fault, str):
+            fault = Fault(fault=fault, node=node, **settings)  # type: ignore[arg-type]  # checked by Fault
+        if fault.fault in ("refuse", "restart"):
+            self._cancel_reopen()
+            self._listener.close()
+            if fault.fault == "restart":
+                self.shell.reset()
+            seconds = fault.seconds if fault.fault == "refuse" else fault.seconds or 0.0
+            if seconds is not None:
+                self._reopen = asyncio.create_task(self._open_again(seconds), name="cloudsim open again")
+            return
+        if fault.fault == "clear" and not fault.node:
+            self._cancel_reopen()
+            await self._listener.open()
+        self.shell.afflict(fault)
+
+    async def _open_again(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        await self._listener.open()
+
+    def _cancel_reopen(self) -> None:
+        if self._reopen is not None:
+            self._reopen.cancel()
+            self._reopen = None
+
+    # --- a cloud application, for tests and demos ------------------------------------------------------
+
+    def uploads(self, node: str | None = None) -> list[Received]:
+        """What reached the module router: operation upload, group user."""
+        return list(self.recorder.received(module="router", node=node))
+
+    def messages(self, module: str | None = None, node: str | None = None) -> list[Received]:
+        return list(self.recorder.received(module=module, node=node))
+
+    async def wait_for(self, condition: Callable[[], object]) -> None:
+        """Wait until `condition()` is true; looked at after each batch of events. Put a timeout around it."""
+        while not condition():
+            await self.shell.change()
+
+    async def wait_for_uploads(self, count: int, node: str | None = None) -> list[Received]:
+        """Wait until `count` uploads have come (repeated ones counted); returns them. Put a timeout around it.
+
+        Without a node it is cheap at any rate; with one the held messages are counted each time.
+        """
+        if node is None:
+            await self.wait_for(lambda: self.recorder.by_module["router"] >= count)
+        else:
+            await self.wait_for(lambda: sum(1 for _ in self.recorder.received(module="router", node=node)) >= count)
+        return self.uploads(node)
+
+    async def wait_served(self, node: str) -> None:
+        """Wait until the node has a session."""
+        await self.wait_for(lambda: self.hub.is_served(node))
+
+    def send_command(self, node: str, topic: str, payload: Any, *, message_id: str = "") -> dict[str, str | None]:
+        """Publish to a topic of the node's MQTT broker, as the module router does it. No acknowledgement."""
+        return self.send(node, _router_message("publish", topic, payload, message_id))
+
+    def subscribe(self, node: str, topic: str) -> dict[str, str | None]:
+        """Ask the node's eventbus to subscribe to a topic, as a rule with an eventbus source does."""
+        return self.send(node, _router_message("subscribe", topic, None, ""))
+
+    def unsubscribe(self, node: str, topic: str) -> dict[str, str | None]:
+        return self.send(node, _router_message("unsubscribe", topic, None, ""))
+
+
+def _router_message(operation: str, topic: str, payload: Any, message_id: str) -> CloudMessage:
+    return CloudMessage(
+        Header(msg_id=message_id),
+        Route(source="router_eventbus", group="user", operation=operation, resource=topic),
+        payload,
+    )
