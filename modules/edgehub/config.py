@@ -1,0 +1,180 @@
+"""What edgehub is told: the cloud's address, the node, certificates, timings, bounds."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from runtime.config import NodeConfig
+
+WEBSOCKET: Final = "websocket"
+QUIC: Final = "quic"
+
+DEFAULT_PROJECT: Final = "e632aba927ea4ac2b575ec1603d56f10"
+"KubeEdge's default projectID; CloudHub does not look at it."
+
+_NODE_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a CloudHub listens."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str, key: str) -> Endpoint:
+        """`host:port`, IPv6 in brackets. `key` names the setting in the ConfigError."""
+        rule = "host:port with a port from 1 to 65535, IPv6 in brackets"
+        host, colon, port = text.rpartition(":")
+        if host.startswith("[") and host.endswith("]"):
+            host = host[1:-1]
+        elif ":" in host:
+            raise ConfigError(key, text, rule)
+        if not colon or not host or "/" in host or not port.isascii() or not port.isdigit():
+            raise ConfigError(key, text, rule)
+        if not 1 <= int(port) <= 65535:
+            raise ConfigError(key, text, rule)
+        return cls(host, int(port))
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EdgeHubConfig:
+    """Read once, then a value. Build it with `from_node`; `check` is run in either case."""
+
+    node_name: str
+    "Kubernetes' name of this node: `modules.edged.hostnameOverride`."
+    endpoints: tuple[Endpoint, ...]
+    "Tried in this order; after each stable link the first one is tried first again."
+    project_id: str = DEFAULT_PROJECT
+    protocol: str = WEBSOCKET
+    "The protocol switch: `websocket` or `quic`."
+    ca_file: str = "/etc/kubeedge/ca/rootCA.crt"
+    cert_file: str = "/etc/kubeedge/certs/server.crt"
+    key_file: str = "/etc/kubeedge/certs/server.key"
+
+    heartbeat_seconds: float = 15.0
+    "A keepalive message this often."
+    keepalive_limit_seconds: float = 30.0
+    "CloudHub's keepaliveInterval: silence after which it cuts the link."
+    handshake_seconds: float = 30.0
+    "TCP, TLS and the upgrade together."
+    silence_seconds: float = 5.0
+    "An awaited pong, answer or TCP acknowledgement on an empty link may take this long; scaled by what is queued."
+    greeting_seconds: float = 5.0
+    "For the answer to the k8s/ca.crt query; CloudHub takes about 1 ms for it."
+    retry_cap_seconds: float = 60.0
+    "The longest pause between two dials."
+    stable_seconds: float = 10.0
+    "A link that lived so long resets the back-off."
+    unproven_redial_seconds: float = 600.0
+    "A link that never got anything from the cloud is dialled anew after this time; 0: never."
+    drain_seconds: float = 5.0
+    "At stop: for the cloud to confirm what was handed over."
+
+    message_qps: float = 30.0
+    "Data messages per second; 0: no limit. Signals are never limited."
+    message_burst: int = 60
+    memory_messages: int = 65_536
+    "Waiting or unconfirmed, each class."
+    memory_bytes: int = 32 * 2**20
+    window_bytes_max: int = 8 * 2**20
+    "Written and without a pong, on the fastest link."
+    max_upload_bytes: int = 16 * 2**20
+    "One message in its JSON form; a larger one is refused as `too-large`."
+    max_content_depth: int = 512
+    "Nesting of JSON content; deeper is refused. Go's decoder, which cuts the link, stops at 10000."
+    request_seconds: float = 60.0
+    "The longest a module's request waits for the cloud (KubeEdge's remoteQueryTimeout)."
+
+    max_frame_bytes: int = 16 * 2**20
+    "A larger message from the cloud is skipped and counted."
+    downstream_messages: int = 4096
+    "Received and not yet settled by their modules; above it the socket is not read."
+    downstream_bytes: int = 32 * 2**20
+
+    def __post_init__(self) -> None:
+        if not _NODE_NAME.fullmatch(self.node_name):
+            raise ConfigError(
+                "modules.edged.hostnameOverride", self.node_name, "letters, digits, '.', '_' and '-', at most 253"
+            )
+        if not self.endpoints:
+            raise ConfigError("modules.edgeHub.websocket.server", "", "at least one host:port")
+        for name in (
+            "heartbeat_seconds",
+            "keepalive_limit_seconds",
+            "handshake_seconds",
+            "silence_seconds",
+            "greeting_seconds",
+            "request_seconds",
+            "retry_cap_seconds",
+        ):
+            if not getattr(self, name) > 0:
+                raise ConfigError(name, getattr(self, name), "seconds greater than 0")
+        if self.heartbeat_seconds > self.keepalive_limit_seconds / 2:
+            raise ConfigError(
+                "modules.edgeHub.heartbeat",
+                self.heartbeat_seconds,
+                f"at most half of CloudHub's keepaliveInterval ({self.keepalive_limit_seconds:g} s): it cuts the link",
+            )
+        if self.message_qps < 0 or self.message_burst < 0:
+            raise ConfigError("modules.edgeHub.messageQPS", self.message_qps, "0 (no limit) or more, as messageBurst")
+        if not 1 <= self.max_content_depth <= 9000:
+            raise ConfigError("max_content_depth", self.max_content_depth, "1 to 9000")
+        for name, least in (
+            ("memory_messages", 1),
+            ("memory_bytes", 65_536),
+            ("window_bytes_max", 16_384),
+            ("max_frame_bytes", 65_536),
+            ("max_upload_bytes", 65_536),
+            ("downstream_messages", 1),
+            ("downstream_bytes", 65_536),
+        ):
+            if getattr(self, name) < least:
+                raise ConfigError(name, getattr(self, name), f"at least {least}")
+
+    @classmethod
+    def from_node(cls, node: NodeConfig) -> EdgeHubConfig:
+        """The settings of `modules.edgeHub` and `runtime.edgehub`. Raises ConfigError."""
+        hub = node.edge_hub
+        extra = node.runtime.edgehub
+        if hub.websocket.enable == hub.quic.enable:
+            raise ConfigError(
+                "modules.edgeHub.websocket.enable", hub.websocket.enable, "exactly one of websocket and quic enabled"
+            )
+        section, protocol = (hub.websocket, WEBSOCKET) if hub.websocket.enable else (hub.quic, QUIC)
+        key = f"modules.edgeHub.{protocol}.server"
+        endpoints = [Endpoint.parse(section.server, key)]
+        endpoints += [Endpoint.parse(text, "runtime.edgehub.endpoints") for text in extra.endpoints]
+        return cls(
+            node_name=node.node_name,
+            endpoints=tuple(endpoints),
+            project_id=hub.project_id,
+            protocol=protocol,
+            ca_file=hub.tls_ca_file,
+            cert_file=hub.tls_cert_file,
+            key_file=hub.tls_private_key_file,
+            heartbeat_seconds=float(hub.heartbeat),
+            keepalive_limit_seconds=extra.keepalive_limit,
+            handshake_seconds=float(section.handshake_timeout),
+            greeting_seconds=extra.greeting_seconds,
+            retry_cap_seconds=extra.retry_cap_seconds,
+            message_qps=float(hub.message_qps),
+            message_burst=hub.message_burst,
+            memory_messages=extra.memory_messages,
+            memory_bytes=extra.memory_bytes,
+            window_bytes_max=extra.window_bytes_max,
+            max_content_depth=extra.max_content_depth,
+            request_seconds=extra.request_seconds,
+            max_frame_bytes=extra.max_frame_bytes,
+            downstream_messages=extra.downstream_messages,
+            downstream_bytes=extra.downstream_bytes,
+        )
