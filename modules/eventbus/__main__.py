@@ -1,0 +1,33 @@
+"""`python -m modules.eventbus`: the eventbus process."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from modules.eventbus.bus import EventBus
+from modules.eventbus.config import from_node
+from runtime import config, logs
+from runtime.errors import ConfigError
+from runtime.home import find_home
+from runtime.module import run
+
+
+def main() -> None:
+    logs.setup("eventbus")
+    log = logging.getLogger("modules.eventbus")
+    try:
+        home = find_home()
+        settings = from_node(config.load(home.path))
+        if not settings.enable:
+            log.info("modules.eventBus.enable is off: nothing to do")
+            sys.exit(0)
+        module = EventBus(settings, home.data)
+    except ConfigError as fault:
+        log.error("%s", fault)  # one line that names key, value and rule; a traceback would bury it
+        sys.exit(2)
+    run(module)
+
+
+if __name__ == "__main__":
+    main()
