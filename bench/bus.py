@@ -1,0 +1,194 @@
+"""The measurements of the bus beside its peers: one → one rate, and request → reply latency."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench import report
+from bench.children import ChildFailed, worker
+from bench.contenders import Contender, Edgezmq, Mosquitto, Nats
+from bench.machine import OthersCpu
+from bench.report import Results
+from bench.stats import count_for, percentile
+
+SIZES = {report.BUS_256: 256, report.BUS_4096: 4096}
+REQUEST_BYTES = 256
+REQUESTS = 5_000
+QUICK_REQUESTS = 500
+WARM_UP_REQUESTS = 200
+"Before the counted ones: connections, caches, the interpreter's specialisation."
+
+ROUND_SECONDS = 1.5
+QUICK_ROUND_SECONDS = 0.4
+WORK_SECONDS = 180.0
+"For one round of one contender, whatever happens."
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """What one run of sender and receiver came to."""
+
+    sent: int
+    received: int
+    seconds: float
+    cpu_seconds: dict[str, float]
+    "sender, receiver, server."
+
+    @property
+    def rate(self) -> float:
+        return self.received / self.seconds
+
+
+def contenders(only: Sequence[str] = ()) -> list[Contender]:
+    """All who may take part, or those named."""
+    everybody: list[Contender] = [Edgezmq(), Nats(), Nats(uvloop=True), Mosquitto()]
+    return [one for one in everybody if not only or one.name in only]
+
+
+def measure_bus(
+    results: Results, who: Sequence[Contender], *, rounds: int, quick: bool, measures: Sequence[str], say: Say
+) -> None:
+    """Rates and latencies, round robin over the contenders that are installed; each server fresh for each run."""
+    able = []
+    for contender in who:
+        why = contender.missing()
+        if why is None:
+            able.append(contender)
+            results.machine.setdefault("contenders", {})[contender.name] = contender.version()
+        else:
+            results.not_run[contender.name] = why
+            say(f"{contender.name}: not run: {why}")
+    for measure, size in SIZES.items():
+        if measure in measures:
+            _measure_flow(results, able, measure, size, rounds, quick, say)
+    if report.REQUEST_P50 in measures:
+        _measure_requests(results, able, rounds, quick, say)
+
+
+def _measure_flow(
+    results: Results, who: Sequence[Contender], measure: str, size: int, rounds: int, quick: bool, say: Say
+) -> None:
+    target = QUICK_ROUND_SECONDS if quick else ROUND_SECONDS
+    counts: dict[str, int] = {}
+    for contender in who:
+        try:
+            probe = flow(contender, contender.probe_messages, size)
+        except ChildFailed as fault:
+            results.not_run[f"{measure} {contender.name}"] = str(fault)
+            say(f"{measure} {contender.name}: FAILED: {fault}")
+            continue
+        counts[contender.name] = count_for(
+            probe.sent, probe.seconds, target, least=contender.probe_messages, most=contender.most_messages
+        )
+    results.message_counts[measure] = counts
+    for turn in range(1, rounds + 1):
+        for contender in who:
+            if contender.name not in counts:
+                continue
+            with OthersCpu() as others:
+                try:
+                    run = flow(contender, counts[contender.name], size)
+                except ChildFailed as fault:
+                    results.not_run[f"{measure} {contender.name} round {turn}"] = str(fault)
+                    say(f"{measure} {contender.name} round {turn}: FAILED: {fault}")
+                    continue
+            results.others_cpu_percent.append(others.percent)
+            results.add(measure, contender.name, run.rate)
+            if run.received < run.sent:
+                short = results.arrived_short.setdefault(measure, {})
+                short[contender.name] = short.get(contender.name, 0) + run.sent - run.received
+            costs = results.cpu_us_per_message.setdefault(measure, {}).setdefault(contender.name, {})
+            for role, seconds in run.cpu_seconds.items():
+                costs.setdefault(role, []).append(seconds * 1e6 / run.sent)
+            say(
+                f"{measure} round {turn}/{rounds} {contender.name:15} {run.rate:10,.0f}/s"
+                f"  {run.received} of {run.sent} in {run.seconds:.2f} s, others' CPU {others.percent:.0f} %"
+            )
+
+
+def flow(contender: Contender, count: int, size: int) -> Flow:
+    """Send `count` messages of `size` bytes from one process to another. Raises ChildFailed."""
+    with _scratch() as directory, contender.serve(directory) as server:
+        arguments = {**server.arguments, "count": count, "size": size}
+        receiving = worker(contender.side, "receiver", arguments, log=directory / "receiver.log")
+        with receiving, worker(contender.side, "sender", arguments, log=directory / "sender.log") as sending:
+            before = server.child.cpu_seconds()
+            receiving.tell(go=True)
+            sending.tell(go=True)
+            sent = sending.answer(WORK_SECONDS)
+            got = receiving.answer(WORK_SECONDS)
+            server_cpu = server.child.cpu_seconds() - before
+        return _checked(contender, count, sent, got, server_cpu)
+
+
+def _checked(contender: Contender, count: int, sent: dict[str, Any], got: dict[str, Any], server_cpu: float) -> Flow:
+    confirmed = sent["confirmed"]
+    if confirmed is None:
+        # At most once: the time ends with the last arrival, and what did not arrive does not count.
+        finished = got["last_ns"]
+    else:
+        finished = max(sent["finished_ns"], got["last_ns"])
+        if confirmed != count or got["received"] != count or got["skips"]:
+            raise ChildFailed(
+                f"{contender.name}: {count} sent, {confirmed} confirmed, {got['received']} received, "
+                f"{got['skips']} out of order: expected all, in order"
+            )
+    return Flow(
+        sent=count,
+        received=got["received"],
+        seconds=(finished - sent["started_ns"]) / 1e9,
+        cpu_seconds={"sender": sent["cpu_seconds"], "receiver": got["cpu_seconds"], "server": server_cpu},
+    )
+
+
+def _measure_requests(results: Results, who: Sequence[Contender], rounds: int, quick: bool, say: Say) -> None:
+    count = QUICK_REQUESTS if quick else REQUESTS
+    for turn in range(1, rounds + 1):
+        for contender in who:
+            if contender.name not in report.CONTENDERS[report.REQUEST_P50]:
+                continue
+            with OthersCpu() as others:
+                try:
+                    took_us = requests(contender, count)
+                except ChildFailed as fault:
+                    results.not_run[f"{report.REQUEST_P50} {contender.name} round {turn}"] = str(fault)
+                    say(f"{report.REQUEST_P50} {contender.name} round {turn}: FAILED: {fault}")
+                    continue
+            results.others_cpu_percent.append(others.percent)
+            median, tail = percentile(took_us, 0.5), percentile(took_us, 0.99)
+            results.add(report.REQUEST_P50, contender.name, median)
+            results.add(report.REQUEST_P99, contender.name, tail)
+            results.message_counts.setdefault(report.REQUEST_P50, {})[contender.name] = count
+            say(
+                f"request → reply round {turn}/{rounds} {contender.name:15} p50 {median:7.1f} µs"
+                f"  p99 {tail:7.1f} µs, others' CPU {others.percent:.0f} %"
+            )
+
+
+def requests(contender: Contender, count: int) -> list[float]:
+    """Ask `count` times, one after another; what each took, in µs. Raises ChildFailed."""
+    with _scratch() as directory, contender.serve(directory) as server:
+        arguments = {**server.arguments, "count": count, "size": REQUEST_BYTES, "warm_up": WARM_UP_REQUESTS}
+        with (
+            worker(contender.side, "responder", arguments, log=directory / "responder.log"),
+            worker(contender.side, "requester", arguments, log=directory / "requester.log") as asking,
+        ):
+            asking.tell(go=True)
+            took: list[float] = asking.answer(WORK_SECONDS)["took_us"]
+            return took
+
+
+class _scratch(tempfile.TemporaryDirectory[str]):
+    """A directory with a short path (an ipc socket's may have 107 bytes), gone afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__(prefix="ezb-", ignore_cleanup_errors=True)
+
+    def __enter__(self) -> Path:  # type: ignore[override]  # a Path is what everybody here wants
+        return Path(super().__enter__())

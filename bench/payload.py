@@ -1,0 +1,31 @@
+"""The payload all contenders carry: a number, and filler up to the size. The receiver checks the numbers. Pure."""
+
+from __future__ import annotations
+
+NUMBER_BYTES = 8
+
+
+def filler(size: int) -> bytes:
+    """What follows the number in a payload of `size` bytes."""
+    return b"x" * (size - NUMBER_BYTES)
+
+
+class Sequence:
+    """Counts numbered payloads and notices any that is out of order, missing or repeated."""
+
+    __slots__ = ("expected", "received", "skips")
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.expected = 0
+        self.skips = 0
+        "Payloads that were not the next one."
+
+    def take(self, payload: bytes | bytearray) -> int:
+        """Count one payload; how many have come."""
+        number = int.from_bytes(payload[:NUMBER_BYTES], "big")
+        if number != self.expected:
+            self.skips += 1
+        self.expected = number + 1
+        self.received += 1
+        return self.received

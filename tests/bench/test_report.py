@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import json
+
+from bench import report
+from bench.report import Idle, Results, as_json, as_text
+
+
+def idle() -> Idle:
+    return Idle(
+        pss_mib={"broker": 13.0, "edgehub": 20.5},
+        uss_mib={"broker": 9.0, "edgehub": 15.0},
+        window_seconds=20.0,
+        cpu_percent=0.4,
+        cpu_percent_by_process={"broker": 0.1, "edgehub": 0.3},
+        cloud_bytes=900,
+        other_pythons=0,
+    )
+
+
+def test_the_document_has_every_key_that_checks_read_even_when_nothing_ran() -> None:
+    document = as_json(Results())
+    assert document["bus_256_msgs_per_s"] == {
+        "edgezmq": None,
+        "nats": None,
+        "nats_uvloop": None,
+        "mosquitto_qos1": None,
+    }
+    assert document["bus_4096_msgs_per_s"].keys() == document["bus_256_msgs_per_s"].keys()
+    assert document["request_p50_us"] == {"edgezmq": None, "nats": None, "nats_uvloop": None}
+    assert document["request_p99_us"].keys() == document["request_p50_us"].keys()
+    for key in ("idle_pss_mib", "start_to_connected_s", "uploads_confirmed_per_s", "idle_cpu_percent"):
+        assert document[key] is None
+    assert {"ranges", "machine", "not_run", "idle_cloud_bytes"} <= document.keys()
+
+
+def test_the_document_gives_medians_and_ranges() -> None:
+    results = Results()
+    for value in (300.0, 100.0, 200.0):
+        results.add(report.BUS_256, report.EDGEZMQ, value)
+        results.add(report.START, report.EDGEZMQ, value / 100)
+    document = as_json(results)
+    assert document["bus_256_msgs_per_s"]["edgezmq"] == 200.0
+    assert document["ranges"]["bus_256_msgs_per_s"]["edgezmq"] == [100.0, 300.0]
+    assert document["start_to_connected_s"] == 2.0
+    assert document["rounds"]["bus_256_msgs_per_s"]["edgezmq"] == [300.0, 100.0, 200.0]
+
+
+def test_the_node_is_the_sum_of_its_processes() -> None:
+    assert as_json(Results(idle=idle()))["idle_pss_mib"] == {"broker": 13.0, "edgehub": 20.5, "node": 33.5}
+
+
+def test_the_document_is_json() -> None:
+    results = Results(idle=idle(), machine={"cores": 2})
+    results.add(report.REQUEST_P50, report.NATS, 446.2)
+    assert json.loads(json.dumps(as_json(results)))["request_p50_us"]["nats"] == 446.2
+
+
+def test_the_table_says_not_run_and_never_zero_for_a_peer_that_is_missing() -> None:
+    results = Results(not_run={report.NATS: "nats-server is not installed"})
+    results.add(report.BUS_256, report.EDGEZMQ, 250_000.0)
+    text = as_text(results)
+    assert "250 000" in text
+    assert "not run: nats: nats-server is not installed" in text
+    row = next(line for line in text.splitlines() if line.startswith("| bus, one → one, 256 B"))
+    assert row.count("not run") == 5  # three peers and both ratios
+
+
+def test_the_table_compares_with_each_peer() -> None:
+    results = Results()
+    results.add(report.BUS_256, report.EDGEZMQ, 300_000.0)
+    results.add(report.BUS_256, report.NATS, 150_000.0)
+    results.add(report.BUS_256, report.MOSQUITTO, 12_000.0)
+    row = next(line for line in as_text(results).splitlines() if "256 B" in line)
+    assert "2.00 ×" in row
+    assert "25.0" in row
+
+
+def test_the_table_shows_idle_memory_and_daily_traffic() -> None:
+    text = " ".join(as_text(Results(idle=idle())).split())
+    assert "idle memory of node, MiB PSS (USS) | 33.5 (24.0)" in text
+    assert "3.89" in text  # MB a day
