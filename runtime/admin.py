@@ -107,20 +107,27 @@ class AdminClient:
             if self._socket.poll(max(1, int(left * 1000))):
                 answer = self.receive()
                 if answer is not None and answer[0] == request:
-                    return answer[2]
-        raise BrokerSilent(f"no answer from the broker at {self._endpoint} within {timeout_seconds:g} s")
+                    return _checked(answer[2])
+        raise self._silence(timeout_seconds)
+
+    def _silence(self, seconds: float) -> BrokerSilent:
+        return BrokerSilent(f"no answer from the broker at {self._endpoint} within {seconds:g} s")
 
     def stream(self, op: str, body: dict[str, Any], *, timeout_seconds: float = 2.0) -> Iterator[Any]:
         """Answers to `op` as they come, until closed; the question is renewed while one waits.
 
-        Yields None about once a second when nothing comes, so that the caller can look at other things.
-        Raises BrokerSilent when the broker answers nothing at all (a tap has no first answer: it never
-        raises that), and AdminRefused.
+        The first is the broker's own answer; it comes again after a broker's restart. Yields None about
+        once a second when nothing comes, so that the caller can look at other things. Raises BrokerSilent
+        when there is no first answer in time, and AdminRefused.
         """
         request = self.new_request()
         renew_at = 0.0
+        answered = False
+        give_up_at = time.monotonic() + timeout_seconds
         while True:
             now = time.monotonic()
+            if not answered and now >= give_up_at:
+                raise self._silence(timeout_seconds)
             if now >= renew_at:
                 self.ask_nowait(op, body, request)
                 renew_at = now + RENEW_SECONDS
@@ -128,8 +135,15 @@ class AdminClient:
                 yield None
                 continue
             while (answer := self.receive()) is not None:
+                answered = True
                 if answer[0] == request:
-                    yield answer[2]
+                    yield _checked(answer[2])
+
+
+def _checked(body: Any) -> Any:
+    if isinstance(body, dict) and isinstance(body.get("error"), str):
+        raise AdminRefused("error", body["error"])
+    return body
 
 
 def _decode(frames: list[bytes]) -> tuple[int, bool, Any] | None:

@@ -155,9 +155,9 @@ class BrokerSection(Section, frozen=True):
     "A module PINGs at least this often."
     absent_limit_seconds: Seconds = 60.0
     "An undeclared module that is gone for so long is forgotten, its messages are settled as `gone`."
-    grace_seconds: Seconds = 5.0
+    grace_seconds: Seconds = 0.5
     "After the broker's start: how long messages wait for receivers it has not yet heard of."
-    poison_deaths: Count = 3
+    poison_deaths: Count = 5
     "A message that was in its receiver's hands at so many deaths is refused as `failed`."
 
 

@@ -92,7 +92,7 @@ class Priority(IntEnum):
 
 # --- limits that no configuration exceeds -----------------------------------------------------------
 
-MAX_HEADER_BYTES: Final = 65536
+MAX_HEADER_BYTES: Final = 256 * 1024
 "A larger header frame is refused undecoded."
 MAX_BATCH_MESSAGES: Final = 1024
 INCARNATION_BYTES: Final = 16

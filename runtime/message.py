@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any, Final, Literal, Protocol
 
+import msgpack
 import msgspec
 
 from runtime.errors import InvalidMessage, MalformedMessage, UsageError
@@ -289,6 +290,25 @@ def join_batch(encoded: Sequence[bytes]) -> bytes:
     else:
         head = b"\xdd" + count.to_bytes(4, "big")
     return head + b"".join(encoded)
+
+
+def split_batch(body: bytes, index: int) -> bytes | None:
+    """A batch that holds only message `index` of `body`, or None when the body is no such batch.
+
+    The message is copied as it stands, whatever it holds.
+    """
+    unpacker = msgpack.Unpacker(max_buffer_size=max(len(body), 1))
+    unpacker.feed(body)
+    try:
+        if not 0 <= index < unpacker.read_array_header():
+            return None
+        for _ in range(index):
+            unpacker.skip()
+        start = unpacker.tell()
+        unpacker.skip()
+    except (ValueError, msgpack.exceptions.UnpackException, RecursionError):
+        return None
+    return join_batch([body[start : unpacker.tell()]])
 
 
 # --- the cloud's form --------------------------------------------------------------------------

@@ -39,7 +39,6 @@ class Watchdog:
         self._home = home
         self._supervisor = Supervisor(home.supervisor_socket, timeout_seconds=_CALL_SECONDS)
         self._admin = AdminClient(endpoint)
-        self._presence = self._admin.new_request()
         self._core = Watching(settings, Random(), now=time.monotonic())
         self._poller = zmq.Poller()
         self._poller.register(self._admin.socket, zmq.POLLIN)
@@ -69,7 +68,9 @@ class Watchdog:
                 case Poke():
                     self._poke()
                 case AskBroker():
-                    self._admin.ask_nowait("presence", {}, self._presence)
+                    # A new question each time: a renewed one would bring events, but no answer. The old
+                    # streams end with their lease; what they repeat until then does no harm.
+                    self._admin.ask_nowait("presence", {}, self._admin.new_request())
                 case Abort(program=_, pid=pid):
                     _signal(pid, signal.SIGABRT, to_group=False)
                 case Kill(program=_, pid=pid):

@@ -1,0 +1,277 @@
+"""The broker process: a ROUTER per endpoint, and RoutingCore behind it. `python -m runtime.broker`.
+
+A plain loop of non-blocking pyzmq calls (zmq.asyncio would cost two to three times as much per frame). The loop
+reads a bounded number of frames, lets time pass in the core, sends what came of it, and sleeps in epoll
+until a socket, a watched process or a signal wakes it. libzmq's ROUTER takes turns among its peers, so one
+peer that floods gets its share of a turn and no more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import gc
+import logging
+import os
+import secrets
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Final
+
+import zmq
+
+from runtime import emp, locks, logs
+from runtime.config import NodeConfig, load
+from runtime.errors import EdgezmqError
+from runtime.home import Home, find_home
+from runtime.routing import BrokerLimits, Credentials, Life, Out, Peer, RoutingCore
+
+log = logging.getLogger("runtime.broker")
+
+TURN_MESSAGES: Final = 256
+"Multipart messages read before what they caused is sent."
+STALL_SECONDS: Final = 1.0
+"After a longer pause of our own (SIGSTOP, swap) nobody is called silent before all that is pending was read (rule 23)."
+AFTER_STALL_SECONDS: Final = 0.25
+SEND_HWM: Final = 100_000
+"Frames queued for one peer. Windows keep a sane peer far below; one that reaches it is cut off and asked who it is."
+SOCKET_MODE: Final = 0o660
+
+
+class Broker:
+    """Binds `endpoints` and serves until `stop`. Every frame a peer sends is answered or handled by the core."""
+
+    def __init__(self, core: RoutingCore, endpoints: list[str], *, max_frame_bytes: int) -> None:
+        self._core = core
+        self._context = zmq.Context(io_threads=1)
+        self._sockets: list[zmq.Socket[bytes]] = []
+        self._poll = select.epoll()
+        self._watched: dict[int, tuple[str, int]] = {}  # pidfd -> name, pid
+        self._dead: list[tuple[str, int]] = []
+        self._stopping = False
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._poll.register(self._wake_read, select.EPOLLIN)
+        try:
+            for endpoint in endpoints:
+                self._sockets.append(self._bind(endpoint, max_frame_bytes))
+        except zmq.ZMQError:
+            self.close()
+            raise
+
+    def _bind(self, endpoint: str, max_frame_bytes: int) -> zmq.Socket[bytes]:
+        socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
+        # A ROUTER drops what it cannot route and says nothing; with this option send raises
+        # EHOSTUNREACH instead (zmq_setsockopt(3)) and the core keeps the message.
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.SNDHWM, SEND_HWM)
+        socket.setsockopt(zmq.BACKLOG, 1024)
+        # libzmq cuts the connection of a peer that sends more; well above what we answer with `too-large`.
+        socket.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
+        socket.bind(endpoint)
+        if endpoint.startswith("ipc://"):
+            os.chmod(endpoint.removeprefix("ipc://"), SOCKET_MODE)
+        self._poll.register(int(socket.getsockopt(zmq.FD)), select.EPOLLIN)
+        return socket
+
+    def stop(self) -> None:
+        """End `run` soon. May be called from a signal handler."""
+        self._stopping = True
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wake_write, b"x")
+
+    def close(self) -> None:
+        for socket in self._sockets:
+            socket.close(linger=0)
+        self._context.term()
+        for fd in self._watched:
+            os.close(fd)
+        self._watched.clear()
+        self._poll.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    def run(self) -> None:
+        core = self._core
+        clock = time.monotonic
+        deadline = wake_due = clock()
+        while not self._stopping:
+            now = clock()
+            if now - wake_due > STALL_SECONDS:
+                # We were stopped. What our peers sent meanwhile is still on its way through libzmq.
+                deadline = max(deadline, now + AFTER_STALL_SECONDS)
+            drained = True
+            for index, socket in enumerate(self._sockets):
+                drained &= self._read(index, socket)
+            now = clock()
+            if drained:
+                # What the dead had sent before is read by now.
+                while self._dead:
+                    core.died(*self._dead.pop(), now)
+            if now >= deadline:
+                core.expire(now)
+                deadline = core.next_deadline(now)
+            self._perform(now)
+            if core.life:
+                self._note()
+            wake_due = clock()
+            if drained and not any(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN for socket in self._sockets):
+                timeout = max(0.0, deadline - wake_due)
+                wake_due += timeout
+                self._wait(timeout)
+
+    def _read(self, index: int, socket: zmq.Socket[bytes]) -> bool:
+        """Give the core what has come; False when there may be more."""
+        core = self._core
+        recv = socket.recv
+        clock = time.monotonic
+        for _ in range(TURN_MESSAGES):
+            try:
+                peer: Peer = (index, recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return True
+            credentials = None
+            frames: list[bytes] = []
+            if not core.is_attached(peer) and socket.getsockopt(zmq.RCVMORE):
+                frame = socket.recv(copy=False)
+                credentials = _credentials(frame)
+                frames.append(frame.bytes)
+            while socket.getsockopt(zmq.RCVMORE):
+                frames.append(recv())
+            core.receive(peer, frames, clock(), credentials)
+        return False
+
+    def _perform(self, now: float) -> None:
+        outs = self._core.flush(now)
+        while outs:
+            for out in outs:
+                self._send(out, now)
+            outs = self._core.flush(now)
+
+    def _send(self, out: Out, now: float) -> None:
+        socket_index, routing_id = out.peer
+        try:
+            self._sockets[socket_index].send_multipart([routing_id, *out.frames], zmq.NOBLOCK)
+        except zmq.Again:
+            log.warning("peer does not read, cut off after frames=%d", SEND_HWM)
+            self._core.lost(out.peer, now)
+        except zmq.ZMQError as fault:
+            if fault.errno != zmq.EHOSTUNREACH:
+                raise
+            self._core.lost(out.peer, now)
+
+    def _wait(self, seconds: float) -> None:
+        for fd, _ in self._poll.poll(seconds):
+            dead = self._watched.pop(fd, None)
+            if dead is not None:
+                self._poll.unregister(fd)
+                os.close(fd)
+                self._dead.append(dead)
+            elif fd == self._wake_read:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(fd, 4096)
+
+    def _note(self) -> None:
+        life, self._core.life = self._core.life, []
+        for event in life:
+            level = logging.WARNING if event.event in ("silent", "fenced") else logging.INFO
+            log.log(level, "%s module=%s pid=%d", event.event, event.name, event.pid)
+            if event.event in ("attached", "back"):
+                self._watch(event)
+
+    def _watch(self, event: Life) -> None:
+        """Know of the death of a process at once. Where its pid is not visible, PING silence has to serve."""
+        pid = event.credentials.pid
+        if pid <= 0 or (event.name, pid) in self._watched.values():
+            return
+        try:
+            fd = os.pidfd_open(pid)
+        except OSError:
+            return
+        self._watched[fd] = (event.name, pid)
+        self._poll.register(fd, select.EPOLLIN)
+
+
+def _credentials(frame: zmq.Frame) -> Credentials:
+    """What libzmq knows of the peer: over ipc `Peer-Address` is `localhost:uid:gid:pid`, over tcp the address."""
+    try:
+        parts = frame.get("Peer-Address").split(":")  # type: ignore[union-attr]  # a str for this property
+        if len(parts) == 4 and not parts[0][:1].isdigit():
+            uid, gid, pid = map(int, parts[1:])
+            return Credentials(uid, gid, pid)
+    except (zmq.ZMQError, ValueError):
+        pass
+    return Credentials()
+
+
+def make_core(config: NodeConfig, now: float) -> RoutingCore:
+    """The core for a node's configuration, with a fresh epoch."""
+    section = config.runtime.broker
+    return RoutingCore(
+        epoch=secrets.token_bytes(emp.EPOCH_BYTES),
+        session_base=secrets.randbits(38) << 24,
+        clock_ms=int(time.clock_gettime(time.CLOCK_BOOTTIME) * 1000),
+        now=now,
+        limits=BrokerLimits(
+            limits=emp.Limits(
+                section.message_bytes,
+                section.window_messages,
+                section.window_bytes,
+                section.batch_messages,
+                section.batch_bytes,
+            ),
+            byte_budget=section.byte_budget,
+            heartbeat_seconds=section.heartbeat_seconds,
+            grace_seconds=section.grace_seconds,
+            absent_limit_seconds=section.absent_limit_seconds,
+            poison_after_deaths=section.poison_deaths,
+        ),
+        declared=config.declared_modules(),
+    )
+
+
+def serve(config: NodeConfig, home: Home, *, endpoint: str | None = None) -> None:
+    """Hold the lock, bind, and run until SIGTERM or SIGINT. Raises AlreadyRunning, zmq.ZMQError."""
+    endpoint = endpoint or config.endpoint(home)
+    # Before the bind: a second bind on the same ipc path would silently take the first one's place (rule 23).
+    with locks.hold(home.lock("broker")):
+        if endpoint.startswith("ipc://"):
+            Path(endpoint.removeprefix("ipc://")).parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+        core = make_core(config, time.monotonic())
+        broker = Broker(core, [endpoint], max_frame_bytes=2 * config.runtime.broker.message_bytes + 2**20)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: broker.stop())
+        log.info("serving endpoint=%s epoch=%s", endpoint, core.epoch.hex())
+        gc.freeze()
+        gc.set_threshold(20_000, 20, 50)
+        try:
+            broker.run()
+        finally:
+            broker.close()
+        log.info("stopped")
+
+
+def main() -> int:
+    """Entry point of `python -m runtime.broker`."""
+    locks.die_with_parent()
+    faulthandler.enable()
+    home = find_home()
+    try:
+        home.prepare()
+        config = load()
+        logs.setup("runtime.broker", config.runtime.log.level)
+        serve(config, home)
+    except EdgezmqError as fault:
+        print(f"broker: {fault}", file=sys.stderr)  # noqa: T201  (logging may not be set up)
+        return 2
+    except zmq.ZMQError as fault:
+        print(f"broker: cannot bind the bus: {fault}", file=sys.stderr)  # noqa: T201
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""The command `edgezmq`. Only this package imports typer and rich, and each command its own heavy parts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from runtime import __version__
+from runtime.errors import EdgezmqError
+
+app = typer.Typer(
+    name="edgezmq",
+    help="An edge node for KubeEdge clouds: modules as separate processes around a ZeroMQ broker.",
+    epilog="Everything a node writes is under EDGEZMQ_HOME (default ~/.local/state/edgezmq). "
+    "Start with `edgezmq check`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigOption = Annotated[
+    Optional[Path],  # noqa: UP045  (typer reads the annotation at run time)
+    typer.Option(
+        "--config",
+        "-c",
+        help="edgecore.yaml. Default: EDGEZMQ_CONFIG, EDGEZMQ_HOME/edgecore.yaml, /etc/kubeedge/config/edgecore.yaml.",
+        show_default=False,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable: JSON instead of a table.")]
+
+
+@app.command()
+def up(
+    config: ConfigOption = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", "-d", help="Return once the node is up; `edgezmq down` ends it.")
+    ] = False,
+) -> None:
+    """Start the node under supervisord; Ctrl-C (or `edgezmq down`) stops all of it."""
+    from runtime.cli import node
+
+    node.up(config, detach=detach)
+
+
+@app.command()
+def down(
+    timeout: Annotated[float, typer.Option(help="Seconds that modules may take; then they are killed.")] = 30.0,
+) -> None:
+    """Stop the node: modules drain, then end; nothing is left running."""
+    from runtime.cli import node
+
+    node.down(timeout)
+
+
+@app.command()
+def status(
+    as_json: JsonOption = False,
+    watch: Annotated[
+        float, typer.Option("--watch", "-w", help="Show again every so many seconds.", show_default=False)
+    ] = 0.0,
+) -> None:
+    """What runs, what waits, what was refused; the state of the cloud link and why. Exit status 3: no node runs."""
+    from runtime.cli import showing as command
+
+    raise typer.Exit(command.show(as_json=as_json, watch_seconds=watch))
+
+
+@app.command()
+def restart(
+    module: Annotated[
+        str, typer.Argument(help="Program to restart, as `edgezmq status` names it; `all` for every one.")
+    ],
+) -> None:
+    """Restart one module: it drains, ends, and starts again. The others do not notice."""
+    from runtime.cli import node
+
+    node.restart(module)
+
+
+@app.command()
+def logs(
+    module: Annotated[str, typer.Argument(help="Program, or `supervisord`.")],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as lines come; Ctrl-C ends it.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="So many of the last lines.")] = 50,
+) -> None:
+    """Show the log of a module."""
+    from runtime.cli import node
+
+    node.logs(module, follow=follow, lines=lines)
+
+
+@app.command()
+def tap(
+    sender: Annotated[str, typer.Option("--from", help="Only what this module sends.", show_default=False)] = "",
+    destination: Annotated[str, typer.Option("--to", help="Only to this module, or @group.", show_default=False)] = "",
+    resource: Annotated[
+        str, typer.Option(help="Only resources that match; * and ? stand for anything.", show_default=False)
+    ] = "",
+    operation: Annotated[str, typer.Option(help="Only this operation.", show_default=False)] = "",
+    count: Annotated[int, typer.Option("--count", "-n", min=0, help="End after so many messages; 0: go on.")] = 0,
+    rate: Annotated[
+        int, typer.Option(min=1, help="At most so many batches a second; more are dropped and counted.")
+    ] = 200,
+    width: Annotated[int, typer.Option(min=0, help="Characters of content to show; 0: all.")] = 120,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a message.")] = False,
+) -> None:
+    """Show messages as they pass the broker. Costs the node little and never holds a message up."""
+    from runtime.cli import tapping as command
+
+    command.show(
+        sender=sender,
+        destination=destination,
+        resource=resource,
+        operation=operation,
+        count=count,
+        rate=rate,
+        width=width,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def send(
+    to: Annotated[str, typer.Argument(help="A module, @group, or `cloud`.")],
+    resource: Annotated[str, typer.Option("--resource", "-r", help="What is operated on.")],
+    operation: Annotated[str, typer.Option("--operation", "-o", help="The verb.")] = "upload",
+    group: Annotated[str, typer.Option("--group", "-g", help="The message's group (route.group).")] = "user",
+    source: Annotated[str, typer.Option(help="The message's source (route.source).")] = "edgezmq",
+    content: Annotated[
+        str, typer.Option("--content", help="JSON where it is JSON, else text.", show_default=False)
+    ] = "",
+    file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--file", help="Content from a file (- for stdin): JSON, UTF-8 text, else bytes.", show_default=False
+        ),
+    ] = None,
+    request: Annotated[bool, typer.Option("--request", help="Wait for the reply and print it.")] = False,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for the receipt or the reply.")] = 10.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the reply as JSON with all its fields.")] = False,
+) -> None:
+    """Send one message and wait until it is settled. Exit status 1: refused, or no answer."""
+    from runtime.cli import sending as command
+
+    raise typer.Exit(
+        command.send(
+            to,
+            resource=resource,
+            operation=operation,
+            group=group,
+            source=source,
+            content=content,
+            file=file,
+            request=request,
+            timeout=timeout,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
+def check(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Look for what will not work, before or while the node runs. Exit status 1: something fails."""
+    from runtime.cli import checking as command
+
+    raise typer.Exit(command.show(config, as_json=as_json))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def demo(context: typer.Context) -> None:
+    """Run the demonstration: a node, a simulated cloud, MQTT traffic, and two kills (`edgezmq demo --help`)."""
+    os.execv(sys.executable, [sys.executable, "-m", "demo", *context.args])
+
+
+@app.command(
+    "exec", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
+def exec_(context: typer.Context) -> None:
+    """Become a foreign module's command that ends with supervisord: edgezmq exec [--name NAME] -- COMMAND …"""
+    from runtime import exec as command
+
+    command.main(context.args)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(f"edgezmq {__version__}")
+
+
+def main() -> None:
+    """The console script. An operator's mistake is one line on stderr and an exit status, never a traceback."""
+    if sys.argv[1:2] == ["exec"]:
+        # Its arguments are the other program's; and it should not cost a typer before each start.
+        from runtime import exec as command
+
+        command.main(sys.argv[2:])
+    try:
+        app()
+    except EdgezmqError as fault:
+        sys.stderr.write(f"edgezmq: {fault}\n")
+        sys.exit(1)
+    except BrokenPipeError:
+        # `edgezmq tap | head`: the reader has had enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as fault:
+        where = f"{fault.filename}: " if fault.filename else ""
+        sys.stderr.write(f"edgezmq: {where}{fault.strerror or fault}\n")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,365 @@
+"""`edgezmq up`, `down`, `restart`, `logs`: the node as a whole, through supervisord."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import runtime
+from runtime.cli import settings
+from runtime.config import NodeConfig, store
+from runtime.errors import AlreadyRunning, ConfigError, EdgezmqError
+from runtime.home import IPC_PATH_LIMIT, Home, find_home
+from runtime.locks import SUPERVISOR_PID_VARIABLE, hold, holder, holders
+from runtime.supervisord import SHUTDOWN_STATE, Program, Supervisor, SupervisorError, SupervisorFault
+
+NODE_LOCK: Final = "node"
+"Held by supervisord for life; taken by `up` before it becomes supervisord."
+
+CONF_VARIABLE: Final = "EDGEZMQ_SUPERVISORD_CONF"
+
+READY_SECONDS: Final = 15.0
+"How long `up -d` waits for the node before it returns with a word on what is missing."
+
+_UMASK: Final = 0o027
+
+
+class NodeError(EdgezmqError):
+    """What was asked of the node cannot be done; the text says why and what to do."""
+
+
+# --- up -------------------------------------------------------------------------------------------
+
+
+def up(named: Path | None, *, detach: bool) -> None:
+    home = find_home()
+    path = settings.find(named, home)
+    config, warnings = settings.read(path)
+    for warning in warnings:
+        _say(f"warning: {warning}")
+    check_path_lengths(home, config)
+    conf = find_supervisord_conf()
+    home.prepare()
+    try:
+        lock = hold(home.lock(NODE_LOCK), inheritable=True)
+    except AlreadyRunning as taken:
+        who = f" (supervisord, pid {taken.pid})" if taken.pid else ""
+        raise NodeError(
+            f"a node runs on {home.path} already{who}. `edgezmq status` shows it, `edgezmq down` ends it; "
+            "for a second node set EDGEZMQ_HOME to another directory"
+        ) from None
+    for name, pid in end_leftovers(home):
+        _say(f"ended a leftover of an earlier run: {name} (pid {pid})")
+    store(config, home)
+    os.umask(_UMASK)
+    _say(f"node {config.node_name}: configuration {path}, state {home.path}")
+    if detach:
+        _up_detached(home, config, conf, lock.fileno())
+    else:
+        _say("Ctrl-C stops the node. In another terminal: edgezmq status")
+        _hurry(home)
+        _become_supervisord(home, conf, lock.fileno(), "-n")
+
+
+def _become_supervisord(home: Home, conf: Path, lock_fd: int, *options: str) -> NoReturn:
+    """Exec: our process id, and the lock on it, become supervisord's."""
+    os.ftruncate(lock_fd, 0)
+    os.pwrite(lock_fd, b"%d\n" % os.getpid(), 0)
+    environment = dict(os.environ)
+    environment["EDGEZMQ_HOME"] = str(home.path)
+    environment["EDGEZMQ_PYTHON"] = sys.executable
+    environment[SUPERVISOR_PID_VARIABLE] = str(os.getpid())
+    arguments = [sys.executable, "-m", "supervisor.supervisord", "-c", str(conf), *options]
+    os.execve(sys.executable, arguments, environment)
+
+
+def _up_detached(home: Home, config: NodeConfig, conf: Path, lock_fd: int) -> None:
+    output = home.log / "supervisord.out"
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setsid()
+            with open(os.devnull, "rb") as nothing, open(output, "wb") as out:
+                os.dup2(nothing.fileno(), 0)
+                os.dup2(out.fileno(), 1)
+                os.dup2(out.fileno(), 2)
+            _become_supervisord(home, conf, lock_fd, "-n", "-s")
+        except BaseException as fault:
+            os.write(2, f"{fault}\n".encode())
+        finally:
+            os._exit(1)
+    started = time.monotonic()
+    missing = "supervisord"
+    while time.monotonic() - started < READY_SECONDS:
+        if os.waitpid(pid, os.WNOHANG)[0] == pid:
+            raise NodeError(f"supervisord ended at once: {output.read_text(errors='replace').strip()[-2000:]}")
+        missing = what_is_missing(home, config)
+        if not missing:
+            _say(f"up (pid {pid}) after {time.monotonic() - started:.1f} s. Look: edgezmq status. End: edgezmq down")
+            return
+        time.sleep(0.02)  # each look also wakes supervisord
+    _say(f"started (pid {pid}), but not there after {READY_SECONDS:g} s: {missing}. See: edgezmq status, edgezmq check")
+
+
+def what_is_missing(home: Home, config: NodeConfig) -> str:
+    """What a node that was just started still lacks, in words; empty when it is ready."""
+    try:
+        programs = Supervisor(home.supervisor_socket).programs()
+    except SupervisorError:
+        return "supervisord"
+    for program in programs:
+        if program.state == "FATAL":
+            return f"{program.name} does not start: {program.detail} (edgezmq logs {program.name})"
+    if any(program.state in ("STOPPED", "BACKOFF") for program in programs):
+        return ", ".join(program.name for program in programs if program.state in ("STOPPED", "BACKOFF"))
+    from runtime.admin import AdminClient, BrokerSilent
+
+    try:
+        with AdminClient(config.endpoint(home)) as admin:
+            modules = admin.ask("status", timeout_seconds=0.2)["modules"]
+    except BrokerSilent:
+        return "broker"
+    attached = {module["name"] for module in modules if module["state"] == "attached"}
+    ours = {"edgehub", "eventbus"} & config.declared_modules().keys()
+    return ", ".join(sorted(ours - attached))
+
+
+def _hurry(home: Home) -> None:
+    """Wake supervisord while it starts, from a process of its own: it looks once a second only.
+
+    Forked twice, so that it is no child of what is going to be supervisord.
+    """
+    if (pid := os.fork()) != 0:
+        os.waitpid(pid, 0)
+        return
+    if os.fork() == 0:
+        with contextlib.suppress(BaseException):
+            os.setsid()
+            end = time.monotonic() + 5.0
+            supervisor = Supervisor(home.supervisor_socket, timeout_seconds=0.5)
+            while time.monotonic() < end:
+                with contextlib.suppress(SupervisorError):
+                    if all(program.state != "STOPPED" for program in supervisor.programs()):
+                        break
+                time.sleep(0.02)  # between two looks
+    os._exit(0)
+
+
+def end_leftovers(home: Home) -> Iterator[tuple[str, int]]:
+    """Kill what an earlier supervisord of this home left behind; yields name and pid of each.
+
+    Only processes that a supervisord of ours started and that hold a lock here: a module that somebody
+    runs from a shell is left alone.
+    """
+    for name, pid in list(holders(home.run)):
+        if name == NODE_LOCK or not pid or not _was_supervised(pid):
+            continue
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(pid) == pid:
+                os.killpg(pid, signal.SIGKILL)
+            else:
+                os.kill(pid, signal.SIGKILL)
+        yield name, pid
+        end = time.monotonic() + 5.0
+        while holder(home.lock(name)) is not None and time.monotonic() < end:
+            time.sleep(0.01)  # the kernel drops the lock with the process
+
+
+def _was_supervised(pid: int) -> bool:
+    try:
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return any(entry.startswith(SUPERVISOR_PID_VARIABLE.encode() + b"=") for entry in environment)
+
+
+def check_path_lengths(home: Home, config: NodeConfig) -> None:
+    """Raise ConfigError when a unix socket's path does not fit into the kernel's address."""
+    # supervisord binds a name with its pid behind it first, and renames that.
+    sockets = [str(home.supervisor_socket) + ".4194304"]
+    endpoint = config.endpoint(home)
+    if endpoint.startswith("ipc://"):
+        sockets.append(endpoint.removeprefix("ipc://"))
+    for path in sockets:
+        if len(os.fsencode(path)) > IPC_PATH_LIMIT:
+            raise ConfigError(
+                "EDGEZMQ_HOME", str(home.path), f"a shorter path: {path} has more than {IPC_PATH_LIMIT} bytes"
+            )
+
+
+def find_supervisord_conf() -> Path:
+    """The shipped supervisord.conf, or the one that EDGEZMQ_SUPERVISORD_CONF names. Raises NodeError."""
+    named = os.environ.get(CONF_VARIABLE)
+    candidates = (
+        [Path(named)]
+        if named
+        else [
+            Path(runtime.__file__).resolve().parent.parent / "supervisord.conf",
+            Path(sys.prefix) / "share" / "edgezmq" / "supervisord.conf",
+        ]
+    )
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise NodeError(
+        f"no supervisord.conf: {' and '.join(map(str, candidates))} not there; {CONF_VARIABLE} names another"
+    )
+
+
+# --- down -----------------------------------------------------------------------------------------
+
+
+def down(timeout_seconds: float) -> None:
+    home = find_home()
+    pid = holder(home.lock(NODE_LOCK)) if home.run.is_dir() else None
+    if pid is None:
+        for name, left in end_leftovers(home):
+            _say(f"ended a leftover of an earlier run: {name} (pid {left})")
+        _say(f"no node runs on {home.path}")
+        return
+    supervisor = Supervisor(home.supervisor_socket)
+    started = time.monotonic()
+    asked = False
+    while holder(home.lock(NODE_LOCK)) is not None:
+        if time.monotonic() - started > timeout_seconds:
+            _say(f"not stopped after {timeout_seconds:g} s: killing supervisord (pid {pid}) and all under it")
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            break
+        try:
+            if asked:
+                supervisor.state()  # wakes it, so that it goes on at once
+            else:
+                supervisor.shutdown()
+                asked = True
+        except SupervisorFault as fault:
+            asked = asked or fault.code == SHUTDOWN_STATE
+        except SupervisorError:
+            if not asked and time.monotonic() - started > 2.0:
+                # It does not listen (any more, or yet): a signal reaches it all the same.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
+                asked = True
+        time.sleep(0.03)  # between two looks
+    end = time.monotonic() + 5.0
+    while holder(home.lock(NODE_LOCK)) is not None and time.monotonic() < end:
+        time.sleep(0.02)
+    for name, left in end_leftovers(home):
+        _say(f"killed {name} (pid {left})")
+    _say(f"down after {time.monotonic() - started:.1f} s")
+
+
+# --- restart --------------------------------------------------------------------------------------
+
+
+def restart(name: str) -> None:
+    supervisor = running_supervisor(find_home())
+    for program in _named(supervisor, name):
+        _restart(supervisor, program)
+
+
+def _restart(supervisor: Supervisor, program: Program) -> None:
+    started = time.monotonic()
+    old = program.pid
+    supervisor.stop(program.name, wait=False)
+    current = _wait(supervisor, program.name, lambda p: p.state not in ("RUNNING", "STARTING", "STOPPING"), 20.0)
+    if current.state not in ("BACKOFF",):
+        supervisor.start(program.name)
+    current = _wait(supervisor, program.name, lambda p: p.state in ("RUNNING", "EXITED", "FATAL", "BACKOFF"), 20.0)
+    seconds = time.monotonic() - started
+    if current.state == "RUNNING":
+        _say(f"{program.name}: pid {old or '-'} → {current.pid} in {seconds:.1f} s")
+    elif current.state == "EXITED" and current.exit_status == 0:
+        _say(f"{program.name}: ended with status 0, as a module does that configuration disables")
+    else:
+        raise NodeError(f"{program.name} does not start: {current.detail}. See: edgezmq logs {program.name}")
+
+
+def _wait(supervisor: Supervisor, name: str, is_there: Any, seconds: float) -> Program:
+    end = time.monotonic() + seconds
+    while True:
+        [program] = [program for program in supervisor.programs() if program.name == name]
+        if is_there(program):
+            return program
+        if time.monotonic() > end:
+            raise NodeError(f"{name} is still {program.state} after {seconds:g} s")
+        time.sleep(0.02)  # each look also wakes supervisord
+
+
+def _named(supervisor: Supervisor, name: str) -> list[Program]:
+    programs = supervisor.programs()
+    if name == "all":
+        return programs
+    chosen = [program for program in programs if program.name == name]
+    if not chosen:
+        raise NodeError(_unknown(name, [program.name for program in programs]))
+    return chosen
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else "there are " + ", ".join(known)
+    return f"no program {name!r} ({hint})"
+
+
+def running_supervisor(home: Home) -> Supervisor:
+    """The supervisord of `home`; raises NodeError when none answers."""
+    supervisor = Supervisor(home.supervisor_socket)
+    try:
+        supervisor.pid()
+    except SupervisorError as fault:
+        raise NodeError(f"no node runs on {home.path} (start it: edgezmq up): {fault}") from fault
+    return supervisor
+
+
+# --- logs -----------------------------------------------------------------------------------------
+
+
+def logs(name: str, *, follow: bool, lines: int) -> None:
+    home = find_home()
+    path = home.log / f"{name}.log"
+    if "/" in name or not path.is_file():
+        known = sorted(entry.stem for entry in home.log.glob("*.log"))
+        if not known:
+            raise NodeError(f"no logs in {home.log}: no node has run there yet")
+        raise NodeError(_unknown(name, known).replace("no program", "no log of"))
+    try:
+        for text in _tail(path, lines, follow):
+            sys.stdout.write(text)
+            if follow:
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        return
+
+
+def _tail(path: Path, lines: int, follow: bool) -> Iterator[str]:
+    file = path.open(errors="replace")
+    try:
+        yield from deque(file, maxlen=lines)
+        while follow:
+            text = file.read()
+            if text:
+                yield text
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                here, there = os.fstat(file.fileno()), path.stat()
+                if there.st_ino != here.st_ino or there.st_size < file.tell():
+                    file.close()
+                    file = path.open(errors="replace")  # rotated
+                    continue
+            time.sleep(0.1)  # between two looks at the file
+    finally:
+        file.close()
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"edgezmq: {text}\n")
+    sys.stderr.flush()

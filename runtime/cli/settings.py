@@ -1,0 +1,70 @@
+"""Find `edgecore.yaml`, read it, and turn it into a checked configuration. The only place that reads YAML."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from runtime.config import NodeConfig
+from runtime.edgecore import from_edgecore
+from runtime.errors import ConfigError, EdgezmqError
+from runtime.home import Home
+
+CONFIG_VARIABLE: Final = "EDGEZMQ_CONFIG"
+KUBEEDGE_FILE: Final = Path("/etc/kubeedge/config/edgecore.yaml")
+"Where keadm writes it."
+
+MAX_FILE_BYTES: Final = 2**20
+
+
+class NoConfiguration(EdgezmqError):
+    """No configuration file was found."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping: the first of the two would be lost unseen."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key != "<<":
+                if key in seen:
+                    line = key_node.start_mark.line + 1
+                    raise ConfigError(f"line {line}, {key}", "a second time", "each key once in its mapping")
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def find(named: Path | None, home: Home, environ: Mapping[str, str] = os.environ) -> Path:
+    """The file to read; raises NoConfiguration, saying what to do."""
+    if named is None and environ.get(CONFIG_VARIABLE):
+        named = Path(environ[CONFIG_VARIABLE])
+    if named is not None:
+        if not named.is_file():
+            raise NoConfiguration(f"{named}: no such file")
+        return named
+    for candidate in (home.path / "edgecore.yaml", KUBEEDGE_FILE):
+        if candidate.is_file():
+            return candidate
+    raise NoConfiguration(
+        f"no configuration: neither {home.path / 'edgecore.yaml'} nor {KUBEEDGE_FILE} is there. "
+        f"Copy edgecore.example.yaml to the first and fill in your cloud, or name a file with --config. "
+        "To try things out without a cloud: edgezmq demo"
+    )
+
+
+def read(path: Path) -> tuple[NodeConfig, list[str]]:
+    """The checked configuration in `path`, and warnings. Raises ConfigError, OSError."""
+    data = path.read_bytes()
+    if len(data) > MAX_FILE_BYTES:
+        raise ConfigError(str(path), f"{len(data)} bytes", f"at most {MAX_FILE_BYTES} bytes")
+    try:
+        document = yaml.load(data, _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as fault:
+        raise ConfigError(str(path), " ".join(str(fault).split()), "YAML") from fault
+    return from_edgecore(document, directory=path.absolute().parent)

@@ -1,0 +1,313 @@
+"""`edgezmq status`: what supervisord, the broker, the kernel and edgehub each know, in one table or one JSON object."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from runtime.admin import AdminClient, AdminRefused, BrokerSilent
+from runtime.cli.node import NODE_LOCK
+from runtime.config import NodeConfig, load
+from runtime.home import Home, find_home
+from runtime.locks import holder
+from runtime.supervisord import Program, Supervisor, SupervisorError
+
+EXIT_NOT_RUNNING: Final = 3
+"As `systemctl status` gives for a unit that does not run."
+
+_ANSWER_SECONDS: Final = 2.0
+
+
+def show(*, as_json: bool, watch_seconds: float) -> int:
+    """Print the status once, or for ever; the exit status."""
+    home = find_home()
+    console = Console()
+    while True:
+        status = collect(home)
+        if as_json:
+            print(json.dumps(status, indent=None if watch_seconds else 2), flush=True)
+        else:
+            if watch_seconds:
+                console.clear()
+            render(status, console)
+        if not watch_seconds:
+            return 0 if status["running"] else EXIT_NOT_RUNNING
+        time.sleep(watch_seconds)  # between two tables
+
+
+# --- collect --------------------------------------------------------------------------------------
+
+
+def collect(home: Home) -> dict[str, Any]:
+    """Everything that can be said of the node in `home`; what does not answer is named in `problems`."""
+    problems: list[str] = []
+    config = load(home.path)
+    pid = holder(home.lock(NODE_LOCK)) if home.run.is_dir() else None
+    status: dict[str, Any] = {
+        "running": pid is not None,
+        "node": config.node_name,
+        "home": str(home.path),
+        "supervisor": {"pid": pid, **_memory(pid or 0)},
+        "broker": None,
+        "modules": [],
+        "link": None,
+        "problems": problems,
+    }
+    programs = _programs(home, problems) if pid is not None else []
+    bus = _bus(config.endpoint(home), problems, expected=pid is not None)
+    if bus is not None:
+        status["running"] = True
+        status["broker"] = bus.get("broker")
+        status["lanes"] = bus.get("lanes", [])
+    counts = _watchdog_counts(home)
+    status["modules"] = join(programs, bus.get("modules", []) if bus else [], counts)
+    for module in status["modules"]:
+        module.update(_memory(module["pid"]))
+        problems += _problems_of(module)
+    if any(module["name"] == "edgehub" and module["state"] == "attached" for module in status["modules"]):
+        status["link"] = _link(config, home, problems)
+        problems += _link_problems(status["link"])
+    return status
+
+
+def _programs(home: Home, problems: list[str]) -> list[Program]:
+    try:
+        return Supervisor(home.supervisor_socket).programs()
+    except SupervisorError as fault:
+        problems.append(str(fault))
+        return []
+
+
+def _bus(endpoint: str, problems: list[str], *, expected: bool) -> dict[str, Any] | None:
+    if not expected and endpoint.startswith("ipc://") and not Path(endpoint.removeprefix("ipc://")).exists():
+        return None
+    try:
+        with AdminClient(endpoint) as admin:
+            answer = admin.ask("status", timeout_seconds=_ANSWER_SECONDS if expected else 0.3)
+            return answer if isinstance(answer, dict) else None
+    except (BrokerSilent, AdminRefused) as fault:
+        if expected:
+            problems.append(str(fault))
+        return None
+
+
+def _watchdog_counts(home: Home) -> dict[str, Any]:
+    try:
+        counts = json.loads(home.watchdog_json.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return counts if isinstance(counts, dict) else {}
+
+
+def join(programs: list[Program], on_bus: list[dict[str, Any]], counts: dict[str, Any]) -> list[dict[str, Any]]:
+    """One entry per name: programs in supervisord's order, then modules that only the bus knows."""
+    by_name = {module["name"]: module for module in on_bus}
+    entries = []
+    for program in programs:
+        entries.append(_entry(program, by_name.pop(program.name, None), counts.get(program.name, {})))
+    entries += [_entry(None, module, {}) for module in by_name.values()]
+    return entries
+
+
+def _entry(program: Program | None, module: dict[str, Any] | None, counts: dict[str, Any]) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "name": program.name if program else module["name"] if module else "",
+        "process": program.state.lower() if program else None,
+        "detail": program.detail if program else None,
+        "exit_status": program.exit_status if program and not program.pid else None,
+        "uptime_s": program.seconds_up if program and program.pid else None,
+        "state": None,
+        "pid": program.pid if program else 0,
+        "restarts": counts.get("restarts", 0),
+        "hangs": counts.get("hangs", 0),
+        "in_storm": counts.get("in_storm", False),
+    }
+    if module is not None:
+        entry |= {key: value for key, value in module.items() if key not in ("name", "pid", "latency")}
+        entry["pid"] = module.get("pid") or entry["pid"]
+    return entry
+
+
+def _memory(pid: int) -> dict[str, int | None]:
+    """PSS and RSS in bytes; None where the kernel does not tell us."""
+    sizes: dict[str, int | None] = {"pss_bytes": None, "rss_bytes": None}
+    if pid:
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
+                name, size = line.split()[:2]
+                if name in ("Pss:", "Rss:"):
+                    sizes[f"{name[:-1].lower()}_bytes"] = int(size) * 1024
+    return sizes
+
+
+def _link(config: NodeConfig, home: Home, problems: list[str]) -> dict[str, Any] | None:
+    """edgehub's own word on the cloud link."""
+    from runtime.client import Bus
+    from runtime.errors import EdgezmqError
+    from runtime.message import Message
+
+    async def ask() -> Any:
+        question = Message.build(source="edgezmq", group="edgezmq", resource="edgehub/link", operation="status")
+        async with Bus.connect(f"status-{os.getpid()}", endpoint=config.endpoint(home)) as bus:
+            return (await bus.request("edgehub", question, timeout=_ANSWER_SECONDS)).json()
+
+    try:
+        answer = asyncio.run(asyncio.wait_for(ask(), _ANSWER_SECONDS + 1.0))
+    except (EdgezmqError, TimeoutError) as fault:
+        problems.append(f"edgehub does not tell the state of the link: {fault or 'no answer'}")
+        return None
+    return answer if isinstance(answer, dict) else None
+
+
+# --- judge ----------------------------------------------------------------------------------------
+
+
+def _problems_of(module: dict[str, Any]) -> list[str]:
+    name = module["name"]
+    problems = []
+    if module["process"] in ("fatal", "backoff"):
+        problems.append(f"{name} does not start: {module['detail']} (edgezmq logs {name})")
+    if module["in_storm"]:
+        problems.append(f"{name} is restarted again and again (edgezmq logs {name})")
+    if module["state"] == "silent":
+        problems.append(f"{name} is silent: it hangs or blocks")
+    if module["state"] == "absent" and module.get("declared") and module.get("queued"):
+        problems.append(f"{name} is absent: {module['queued']} messages wait for it, and their senders with them")
+    return problems
+
+
+def _link_problems(link: dict[str, Any] | None) -> list[str]:
+    if not link:
+        return []
+    problems = []
+    state = link.get("state")
+    if state == "unproven":
+        problems.append("the link is unproven: CloudHub is older than 1.17, or has rejected this node")
+    elif state not in ("served", "open", None):
+        why = link.get("why") or link.get("reason")
+        problems.append(f"no link to the cloud: {state}" + (f" ({why})" if why else ""))
+    if link.get("rate_limited") or link.get("bottleneck"):
+        problems.append(f"uploads are held back by {link.get('bottleneck') or 'messageQPS'}")
+    return problems
+
+
+# --- show -----------------------------------------------------------------------------------------
+
+_COLOURS: Final = {
+    "attached": "green",
+    "running": "green",
+    "served": "green",
+    "silent": "red",
+    "fatal": "red",
+    "backoff": "red",
+    "absent": "yellow",
+    "draining": "yellow",
+    "starting": "yellow",
+    "stopping": "yellow",
+}
+
+
+def render(status: dict[str, Any], console: Console) -> None:
+    """The table for people."""
+    if not status["running"]:
+        console.print(f"node {status['node']}: not running ({status['home']}). Start it: edgezmq up", soft_wrap=True)
+        return
+    link = status["link"]
+    cloud = Text("cloud link ")
+    if link:
+        cloud.append(str(link.get("state", "?")), style=_COLOURS.get(str(link.get("state")), "yellow"))
+        details = [str(link[key]) for key in ("why", "endpoint") if link.get(key)]
+        if details:
+            cloud.append(f" ({', '.join(details)})")
+    else:
+        cloud.append("unknown", style="yellow")
+    broker = status["broker"] or {}
+    held = f"{size(broker.get('bytes_held'))} of {size(broker.get('byte_budget'))} held" if broker else "broker silent"
+    console.print(
+        Text.assemble(("node ", "bold"), (status["node"], "bold"), f"  {status['home']}\n", cloud, f"   bus {held}"),
+        soft_wrap=True,
+    )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("module")
+    table.add_column("state")
+    for column in ("pid", "up", "queued", "oldest", "delivered", "again", "refused", "restarts", "PSS", "RSS"):
+        table.add_column(column, justify="right")
+    table.add_column("incarnation")
+    for module in status["modules"]:
+        refused = sum((module.get("refused") or {}).values())
+        table.add_row(
+            module["name"],
+            _state(module),
+            str(module["pid"] or "-"),
+            duration(module["uptime_s"]),
+            _bus_number(module, "queued"),
+            duration(module.get("oldest_age_ms", 0) / 1000 if module.get("oldest_age_ms") else None),
+            _bus_number(module, "delivered"),
+            _bus_number(module, "redelivered"),
+            Text(str(refused), style="yellow" if refused else "") if "refused" in module else "-",
+            str(module["restarts"]),
+            size(module["pss_bytes"]),
+            size(module["rss_bytes"]),
+            (module.get("incarnation") or "-")[:8],
+        )
+    supervisor = status["supervisor"]
+    if supervisor["pid"]:
+        cells = ["supervisord", Text("running", style="green"), str(supervisor["pid"]), *"-" * 7]
+        table.add_row(*cells, size(supervisor["pss_bytes"]), size(supervisor["rss_bytes"]), "-")
+    console.print(table)
+    for module in status["modules"]:
+        if reasons := {reason: n for reason, n in (module.get("refused") or {}).items() if n}:
+            said = ", ".join(f"{reason} {n}" for reason, n in sorted(reasons.items()))
+            console.print(f"refused by or for {module['name']}: {said}", soft_wrap=True)
+    for problem in status["problems"]:
+        console.print(Text.assemble(("! ", "bold red"), problem), soft_wrap=True)
+
+
+def _state(module: dict[str, Any]) -> Text:
+    process, state = module["process"], module["state"]
+    if process == "exited" and module["exit_status"] == 0:
+        return Text("disabled", style="dim")
+    if process in (None, "running") and state:
+        return Text(state + ("" if process else " (unsupervised)"), style=_COLOURS.get(state, ""))
+    return Text(process or "-", style=_COLOURS.get(process or "", ""))
+
+
+def _bus_number(module: dict[str, Any], key: str) -> str:
+    return str(module[key]) if key in module else "-"
+
+
+def size(count: int | None) -> str:
+    """Bytes for people: 512 B, 3.2 MiB."""
+    if count is None:
+        return "-"
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds for people: 250 ms, 4 s, 3 m 20 s, 2 h 5 m, 3 d 4 h."""
+    if seconds is None:
+        return "-"
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} m {whole % 60} s"
+    if whole < 86_400:
+        return f"{whole // 3600} h {whole % 3600 // 60} m"
+    return f"{whole // 86_400} d {whole % 86_400 // 3600} h"

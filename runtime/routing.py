@@ -1,0 +1,1445 @@
+"""The broker's core: who is attached, what waits for whom, who is told what. No I/O, no clock.
+
+`RoutingCore.receive` takes the frames of one peer, `expire` the passing of time, `died` a process's
+death; what has to be sent comes out of `flush`, which the shell calls once a turn so that deliveries
+and settlements are made per batch and never per message. Times are seconds of one monotonic clock.
+
+The rules in here are those of docs/emp.md; "rule n" in a comment names one of its numbered rules.
+
+A *lane* belongs to a sender: (incarnation, destination as addressed, priority). It holds *batches* until they are
+settled. An *outlet* is one lane's way to one receiver: a group lane has one for each member. A *module* is a
+name with its mailbox, which is its outlets; its *incarnation* is the process that holds the name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, NamedTuple, Protocol
+
+import msgspec
+
+from runtime import emp
+from runtime.errors import MalformedFrame
+from runtime.inspection import Inspection
+from runtime.message import split_batch
+from runtime.names import group_name, is_group
+
+Peer = tuple[int, bytes]
+"The broker's socket and the routing id that libzmq gave the connection."
+
+REPLY: Final = int(emp.Priority.REPLY)
+PRIORITIES: Final = len(emp.Priority)
+MAX_GENERATION: Final = 2**62
+LATENCY_BOUNDS_SECONDS: Final = (0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0)
+"Upper bounds of the buckets in which a message's time in the broker is counted."
+MAX_PEERS: Final = 65536
+"Connections that have not said HELLO are forgotten, oldest first, beyond this."
+
+
+class Out(NamedTuple):
+    """Send `frames` to `peer`."""
+
+    peer: Peer
+    frames: list[bytes]
+
+
+class Life(NamedTuple):
+    """A module came or went; for the log and for who watches processes."""
+
+    name: str
+    event: str
+    "attached, back, silent, gone or fenced."
+    pid: int
+    credentials: Credentials
+
+
+class Credentials(msgspec.Struct, frozen=True):
+    """What the kernel or ZAP says of a peer; -1 = unknown."""
+
+    uid: int = -1
+    gid: int = -1
+    pid: int = -1
+    key: str = ""
+    "The CURVE public key that ZAP accepted, in Z85, or empty."
+
+
+class AccessPolicy(Protocol):
+    """Who may be whom, and who may send to whom."""
+
+    def refuse_hello(self, name: str, credentials: Credentials) -> str | None:
+        """Why `credentials` may not be `name`, or None."""
+
+    def may_send(self, sender: str, destination: str) -> bool: ...
+
+
+class Open:
+    """Everybody on the socket may be anybody: the file's permissions are the policy."""
+
+    def refuse_hello(self, name: str, credentials: Credentials) -> str | None:
+        return None
+
+    def may_send(self, sender: str, destination: str) -> bool:
+        return True
+
+
+class BrokerLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """What the broker holds at the most, and how long it waits."""
+
+    limits: emp.Limits = emp.Limits()
+    byte_budget: int = 64 * 2**20
+    "Message bytes held over all lanes. Beyond it senders wait; a receiver's own reserve still passes."
+    reserve_bytes: int = 256 * 1024
+    "What one receiver may hold when the budget is used up, so that one slow module does not stop the others."
+    heartbeat_seconds: float = 5.0
+    grace_seconds: float = 0.5
+    "After its start the broker waits this long for modules to come back before it calls a name unknown."
+    absent_limit_seconds: float = 30.0
+    "An undeclared module that is away longer is let go; its messages are refused as `gone`."
+    solo_after_deaths: int = 2
+    "So many deaths of its receiver make a message delivered alone."
+    poison_after_deaths: int = 5
+    "So many make it refused as `failed`."
+    max_lanes: int = 4096
+    "Lanes per sender."
+    max_modules: int = 4096
+    max_retained: int = 1024
+    max_retained_bytes: int = 8 * 2**20
+
+
+class _Batch:
+    __slots__ = (
+        "arrived",
+        "body",
+        "deadline",
+        "first",
+        "flags",
+        "from_",
+        "last",
+        "members",
+        "pending",
+        "requester",
+        "retain_key",
+        "retain_version",
+        "routed",
+        "size",
+    )
+
+    def __init__(self, header: emp.Send, from_: int, body: bytes, now: float) -> None:
+        self.first = header.first
+        self.last = header.first + header.count - 1
+        self.from_ = from_
+        self.body = body
+        self.size = len(body)
+        self.flags = header.flags
+        self.deadline = None if header.ttl_ms is None else now + header.ttl_ms / 1000
+        self.requester = header.requester
+        self.retain_key = header.retain_key
+        self.retain_version = None if header.retain_key is None else (0, header.retain_counter or 0)
+        self.arrived = now
+        self.pending = 0  # outlets that have not settled it
+        self.routed = False
+        self.members: list[str] | None = None  # of a group request
+
+
+class _Usage:
+    """What one sender name has unsettled for one destination and priority, over its incarnations (rule 30)."""
+
+    __slots__ = ("messages", "size")
+
+    def __init__(self) -> None:
+        self.messages = 0
+        self.size = 0
+
+
+class _Lane:
+    __slots__ = (
+        "batches",
+        "cumulative",
+        "destination",
+        "dirty",
+        "exceptions",
+        "floor",
+        "key",
+        "last",
+        "number",
+        "outlets",
+        "priority",
+        "reported",
+        "sender",
+        "to_group",
+        "unreported_members",
+        "usage",
+    )
+
+    def __init__(self, sender: _Incarnation, destination: str, priority: int, floor: int, usage: _Usage) -> None:
+        self.sender = sender
+        self.destination = destination
+        self.priority = priority
+        self.key = (destination, priority)
+        self.to_group = is_group(destination)
+        self.floor = floor
+        self.last = floor - 1
+        self.cumulative = floor - 1
+        self.reported = floor - 1
+        self.batches: deque[_Batch] = deque()
+        self.exceptions: dict[int, list[tuple[str, str | None]]] = {}
+        self.outlets: dict[str, _Outlet] = {}
+        self.usage = usage
+        self.dirty = False
+        self.unreported_members: list[tuple[int, int, list[str]]] = []
+
+
+class _Feed:
+    """All lanes of one sender incarnation towards one receiver.
+
+    A newer incarnation's feed waits until the older one's is empty (rule 19).
+    """
+
+    __slots__ = ("blocked", "incarnation", "outlets", "pending")
+
+    def __init__(self, incarnation: _Incarnation, blocked: bool) -> None:
+        self.incarnation = incarnation
+        self.pending = 0
+        self.blocked = blocked
+        self.outlets: list[_Outlet] = []
+
+
+class _Outlet:
+    __slots__ = (
+        "acked",
+        "deaths",
+        "delivered_to",
+        "feed",
+        "in_flight",
+        "lane",
+        "module",
+        "number",
+        "ready",
+        "redelivered_to",
+        "solo",
+        "voided",
+        "waiting",
+    )
+
+    def __init__(self, lane: _Lane, module: _Module, feed: _Feed | None, acked: int) -> None:
+        self.lane = lane
+        self.module = module
+        self.feed = feed
+        self.waiting: deque[_Batch] = deque()
+        self.in_flight: deque[_Batch] = deque()
+        self.acked = acked
+        self.delivered_to = acked  # the highest number delivered in this session
+        self.redelivered_to = 0  # up to here a receiver may have seen it
+        self.number = 0  # in the receiver's session; 0 = none yet
+        self.ready = False
+        self.voided: set[int] | None = None  # first numbers of batches that expired before they were delivered
+        self.deaths: dict[int, int] | None = None
+        self.solo = 0  # the number that is in flight alone
+
+
+class _Incarnation:
+    __slots__ = (
+        "attached",
+        "counters",
+        "credentials",
+        "draining",
+        "generation",
+        "groups",
+        "id",
+        "lanes",
+        "last_heard",
+        "liveness",
+        "module",
+        "name",
+        "next_number",
+        "outlets",
+        "peer",
+        "pid",
+        "prefetch_bytes",
+        "prefetch_messages",
+        "sdk",
+        "session",
+        "throttled",
+    )
+
+    def __init__(self, module: _Module, id: bytes, generation: int) -> None:
+        self.module = module
+        self.name = module.name
+        self.id = id
+        self.generation = generation
+        self.session = 0
+        self.peer: Peer | None = None
+        self.attached = False
+        self.draining = False
+        self.throttled = False
+        self.groups: frozenset[str] = frozenset()
+        self.lanes: dict[tuple[str, int], _Lane] = {}
+        self.last_heard = 0.0
+        self.liveness = 15.0
+        self.pid = 0
+        self.credentials = Credentials()
+        self.sdk = ""
+        self.prefetch_messages = 2048
+        self.prefetch_bytes = 8 * 2**20
+        self.outlets: dict[int, _Outlet] = {}  # by number, of this session
+        self.next_number = 1
+        self.counters: Mapping[str, int] = {}
+
+
+class _Module:
+    __slots__ = (
+        "absent_since",
+        "declared",
+        "delivered",
+        "feeds",
+        "generation",
+        "groups",
+        "held",
+        "held_messages",
+        "holder",
+        "in_flight",
+        "in_flight_bytes",
+        "latency",
+        "name",
+        "outlets",
+        "pumping",
+        "ready",
+        "redelivered",
+        "refused",
+        "seen",
+        "state",
+        "store_lanes",
+        "suspects",
+        "timed",
+        "usages",
+    )
+
+    def __init__(self, name: str, *, declared: bool, groups: frozenset[str], now: float) -> None:
+        self.name = name
+        self.declared = declared
+        self.groups = groups
+        self.holder: _Incarnation | None = None
+        self.state = "absent"
+        self.generation = 0
+        self.absent_since = now
+        self.seen = False
+        self.outlets: dict[tuple[bytes, str, int], _Outlet] = {}
+        self.ready: tuple[deque[_Outlet], ...] = tuple(deque() for _ in range(PRIORITIES))
+        self.in_flight = [0] * PRIORITIES
+        self.in_flight_bytes = [0] * PRIORITIES
+        self.held = 0
+        self.held_messages = 0
+        self.feeds: dict[str, list[_Feed]] = {}
+        self.usages: dict[tuple[str, int], _Usage] = {}
+        self.store_lanes: dict[tuple[str, str], _Lane] = {}  # by source and group
+        self.suspects: dict[_Outlet, int] = {}
+        self.timed = 0  # batches in its mailbox that may expire
+        self.pumping = False
+        self.delivered = 0
+        self.redelivered = 0
+        self.refused: dict[str, int] = {}
+        self.latency = [0] * (len(LATENCY_BOUNDS_SECONDS) + 1)
+
+
+class _Retained(NamedTuple):
+    header: emp.Send
+    version: tuple[int, int]
+    body: bytes
+
+
+class RoutingCore:
+    """Decides where messages go, who hears of it, who holds a name.
+
+    `session_base` makes session numbers unique over brokers: a random number shifted left by 24 bits.
+    `clock_ms` is CLOCK_BOOTTIME at the start: generations never go below it (rule 22).
+    """
+
+    def __init__(
+        self,
+        *,
+        epoch: bytes,
+        session_base: int,
+        clock_ms: int,
+        now: float,
+        limits: BrokerLimits | None = None,
+        declared: Mapping[str, Iterable[str]] | None = None,
+        access: AccessPolicy | None = None,
+    ) -> None:
+        self.epoch = epoch
+        self.limits = limits or BrokerLimits()
+        self._access = access or Open()
+        self._session = session_base
+        self._started = now
+        self._grace_until: float | None = now + self.limits.grace_seconds
+        self._modules: dict[str, _Module] = {}
+        self._peers: dict[Peer, _Incarnation] = {}
+        self._asked: dict[Peer, bool] = {}  # peers that got a WHO and have not said HELLO since
+        self._parked: list[_Lane] = []
+        self._dirty_lanes: list[_Lane] = []
+        self._dirty_modules: list[_Module] = []
+        self._out: list[Out] = []
+        self._held_bytes = 0
+        self._held_messages = 0
+        self._throttled: list[_Incarnation] = []
+        self._retained: dict[tuple[str, str, str], _Retained] = {}
+        self._retained_bytes = 0
+        self._generation = clock_ms
+        self._now = now
+        self._refused_frames: dict[str, int] = {}
+        self._who = 0
+        self._sources: dict[str, _Incarnation] = {}  # whose retained messages the broker delivers itself
+        self.life: list[Life] = []
+        "What happened to modules since the shell last cleared it."
+        self.inspection = Inspection(self.statistics)
+        for name, groups in (declared or {}).items():
+            self._modules[name] = _Module(name, declared=True, groups=frozenset(groups), now=now)
+        self._handlers: Final[dict[bytes, Callable[[Peer, _Incarnation, Any, bytes | None, float], None]]] = {
+            emp.SEND: self._on_send,
+            emp.ACK: self._on_ack,
+            emp.PING: self._on_ping,
+            emp.DRAIN: self._on_drain,
+            emp.BYE: self._on_bye,
+        }
+
+    # --- what the shell calls ---------------------------------------------------------------------
+
+    def receive(self, peer: Peer, frames: list[bytes], now: float, credentials: Credentials | None = None) -> None:
+        """Take the frames of one peer. `credentials` are needed only while the peer is not attached."""
+        self._now = now
+        incarnation = self._peers.get(peer)
+        if incarnation is not None:
+            incarnation.last_heard = now
+        try:
+            verb, header, body = emp.decode(frames)
+        except MalformedFrame as fault:
+            self._refuse_frame(peer, fault.code, fault.text)
+            return
+        handler = self._handlers.get(verb)
+        if handler is not None:
+            if incarnation is None:
+                self._ask(peer)
+            else:
+                handler(peer, incarnation, header, body, now)
+        elif verb == emp.HELLO:
+            self._on_hello(peer, header, credentials or Credentials(), now)
+        elif verb == emp.ADMIN:
+            self._out.extend(Out(peer, answer) for answer in self.inspection.ask(peer, header, body, now))
+        else:
+            self._refuse_frame(peer, emp.UNKNOWN_VERB, f"{verb.decode()} goes from broker to module only")
+
+    def is_attached(self, peer: Peer) -> bool:
+        """Whether `peer` has said HELLO: the shell looks up credentials only for those that have not."""
+        return peer in self._peers
+
+    def lost(self, peer: Peer, now: float) -> None:
+        """The connection is gone (libzmq could not send): what was in flight waits for the next HELLO."""
+        self._asked.pop(peer, None)
+        self.inspection.forget(peer)
+        incarnation = self._peers.pop(peer, None)
+        if incarnation is not None and incarnation.peer == peer:
+            self._end_session(incarnation, now, died=False)
+
+    def died(self, name: str, pid: int, now: float) -> None:
+        """The process `pid` that held `name` is dead (pidfd). Nothing happens if the name has another holder."""
+        module = self._modules.get(name)
+        if module is None or module.holder is None or module.holder.credentials.pid != pid:
+            return
+        incarnation = module.holder
+        self._end_session(incarnation, now, died=True)
+        module.holder = None
+        module.state = "absent"
+        module.absent_since = now
+        self._event(module, "gone", pid, now)
+
+    def expire(self, now: float) -> None:
+        """Time has passed: silent modules, absent ones, the grace after the start, expired messages."""
+        self._now = now
+        if self._grace_until is not None and now >= self._grace_until:
+            self._end_grace(now)
+        for module in list(self._modules.values()):
+            holder = module.holder
+            if holder is not None and module.state != "silent" and now - holder.last_heard > holder.liveness:
+                self._end_session(holder, now, died=True)
+                module.state = "silent"
+                self._event(module, "silent", holder.pid, now)
+            if (
+                not module.declared
+                and (holder is None or not holder.attached)
+                and now - module.absent_since > self.limits.absent_limit_seconds
+            ):
+                self._let_go(module, now)
+            elif module.timed:
+                self._expire_mailbox(module, now)
+        self.inspection.expire(now)
+
+    def next_deadline(self, now: float) -> float:
+        """When `expire` wants to be called next."""
+        if self._grace_until is not None:
+            return self._grace_until
+        return now + 0.5
+
+    def flush(self, now: float) -> list[Out]:
+        """What to send, after any number of calls of the others."""
+        self._now = now
+        if self._dirty_modules:
+            dirty, self._dirty_modules = self._dirty_modules, []
+            for module in dirty:
+                module.pumping = False
+                self._pump(module, now)
+        if self._dirty_lanes:
+            lanes, self._dirty_lanes = self._dirty_lanes, []
+            for lane in lanes:
+                lane.dirty = False
+                self._report(lane)
+        if self._throttled and self._held_bytes < self.limits.byte_budget * 3 // 4:
+            self._release()
+        out, self._out = self._out, []
+        return out
+
+    # --- HELLO, names, sessions -----------------------------------------------------------------
+
+    def _on_hello(self, peer: Peer, hello: emp.Hello, credentials: Credentials, now: float) -> None:
+        self._asked.pop(peer, None)
+        bound = self._peers.get(peer)
+        if bound is not None and bound.id != hello.incarnation:
+            self.lost(peer, now)
+        if hello.generation > MAX_GENERATION:
+            self._refuse_frame(
+                peer, emp.BAD_HEADER, f"HELLO/1: generation {hello.generation} is above {MAX_GENERATION}"
+            )
+            return
+        why = self._access.refuse_hello(hello.name, credentials)
+        if why is not None:
+            self._refuse_frame(peer, emp.HELLO_DENIED, why)
+            return
+        module = self._modules.get(hello.name)
+        late = False
+        if module is None:
+            if len(self._modules) >= self.limits.max_modules:
+                self._refuse_frame(peer, emp.TOO_MANY, f"{self.limits.max_modules} names are in use, the most allowed")
+                return
+            module = _Module(hello.name, declared=False, groups=frozenset(hello.groups), now=now)
+            self._modules[hello.name] = module
+            late = hello.generation > 0 and self._grace_until is None
+        holder = module.holder
+        returning = holder is not None and holder.id == hello.incarnation
+        if not returning:
+            if hello.generation == 0:
+                if holder is not None and now - holder.last_heard <= holder.liveness:
+                    self._refuse_frame(
+                        peer,
+                        emp.NAME_TAKEN,
+                        f"{hello.name!r} is held by pid {holder.pid}, heard {now - holder.last_heard:.1f} s ago",
+                    )
+                    return
+                self._generation += 1
+                generation = max(module.generation + 1, self._generation)
+            elif hello.generation <= module.generation:
+                self._out.append(Out(peer, emp.encode(emp.FENCED, emp.Fenced(module.generation))))
+                return
+            else:
+                generation = hello.generation
+            if holder is not None:
+                self._fence(holder, generation, now)
+            holder = _Incarnation(module, hello.incarnation, generation)
+            module.generation = generation
+            module.holder = holder
+        assert holder is not None
+        if holder.attached:
+            self._end_session(holder, now, died=False)
+        if holder.peer is not None and holder.peer != peer:
+            self._peers.pop(holder.peer, None)
+        self._session += 1
+        holder.session = self._session
+        holder.peer = peer
+        holder.attached = True
+        holder.draining = False
+        holder.throttled = False
+        holder.last_heard = now
+        holder.liveness = hello.liveness_ms / 1000
+        holder.groups = frozenset(hello.groups)
+        holder.credentials = credentials
+        holder.pid = credentials.pid if credentials.pid > 0 else hello.pid
+        holder.sdk = hello.sdk
+        holder.prefetch_messages = hello.prefetch_messages
+        holder.prefetch_bytes = min(hello.prefetch_bytes, self.limits.byte_budget)
+        module.groups = frozenset(hello.groups) | (module.groups if module.declared else frozenset())
+        module.state = "attached"
+        module.seen = True
+        self._peers[peer] = holder
+        self._out.append(
+            Out(
+                peer,
+                emp.encode(
+                    emp.WELCOME,
+                    emp.Welcome(
+                        self.epoch,
+                        holder.session,
+                        holder.generation,
+                        int(self.limits.heartbeat_seconds * 1000),
+                        late,
+                        self.limits.limits,
+                    ),
+                ),
+            )
+        )
+        for lane in holder.lanes.values():  # rule 11
+            lane.reported = lane.floor - 1
+            lane.unreported_members = [
+                (batch.from_, batch.last - batch.from_ + 1, batch.members) for batch in lane.batches if batch.members
+            ]
+            self._touch(lane)
+        if not returning:
+            self._drop_old_replies(module, hello.incarnation)
+            self._deliver_retained(module, now)
+        self._wake(module)
+        self._event(module, "back" if returning else "attached", holder.pid, now)
+
+    def _fence(self, holder: _Incarnation, generation: int, now: float) -> None:
+        """`holder` loses its name to a process of `generation`."""
+        if holder.peer is not None:
+            self._out.append(Out(holder.peer, emp.encode(emp.FENCED, emp.Fenced(generation))))
+            self._peers.pop(holder.peer, None)
+            self._event(holder.module, "fenced", holder.pid, now)
+        # A holder that is replaced without having said BYE has died or hangs: its deliveries count (rule 32).
+        self._end_session(holder, now, died=holder.attached)
+
+    def _end_session(self, incarnation: _Incarnation, now: float, *, died: bool) -> None:
+        """What was in flight goes back to the mailbox, in its order, to be delivered again."""
+        module = incarnation.module
+        incarnation.attached = False
+        if incarnation.peer is not None:
+            self._peers.pop(incarnation.peer, None)
+            incarnation.peer = None
+        incarnation.outlets = {}
+        incarnation.next_number = 1
+        if module.holder is not incarnation:
+            return
+        module.state = "absent"
+        module.absent_since = now
+        module.in_flight = [0] * PRIORITIES
+        module.in_flight_bytes = [0] * PRIORITIES
+        for ready in module.ready:
+            ready.clear()
+        for outlet in list(module.outlets.values()):
+            outlet.number = 0
+            outlet.ready = False
+            if outlet.in_flight or outlet.solo:
+                if died:
+                    self._count_death(module, outlet)
+                outlet.redelivered_to = max(outlet.redelivered_to, outlet.delivered_to)
+                outlet.waiting.extendleft(reversed(outlet.in_flight))
+                outlet.in_flight.clear()
+                outlet.solo = 0
+            outlet.delivered_to = outlet.acked
+            self._settle_voided(outlet)
+            self._offer(outlet)
+
+    def _count_death(self, module: _Module, outlet: _Outlet) -> None:
+        first = outlet.acked + 1
+        if outlet.in_flight and outlet.in_flight[0].from_ > first:
+            first = outlet.in_flight[0].from_
+        if outlet.deaths is None:
+            outlet.deaths = {}
+        deaths = outlet.deaths[first] = outlet.deaths.get(first, 0) + 1
+        if deaths >= self.limits.solo_after_deaths:
+            module.suspects[outlet] = first
+
+    def _let_go(self, module: _Module, now: float) -> None:
+        """Forget an undeclared module that is gone; what waits for it is refused as `gone` (rule 25)."""
+        for outlet in list(module.outlets.values()):
+            self._refuse_all(outlet, emp.GONE)
+        self._modules.pop(module.name, None)
+        if module.holder is not None:
+            module.holder.peer = None
+            module.holder = None
+
+    def _drop_old_replies(self, module: _Module, incarnation: bytes) -> None:
+        """Replies to an earlier incarnation of the requester are settled as `gone` (rule 28)."""
+        for outlet in list(module.outlets.values()):
+            if outlet.lane.priority != REPLY:
+                continue
+            for batch in outlet.waiting:
+                if batch.requester != incarnation and not (outlet.voided and batch.first in outlet.voided):
+                    self._void(outlet, batch, emp.GONE)
+            self._settle_voided(outlet)
+
+    # --- SEND -------------------------------------------------------------------------------------
+
+    def _on_send(self, peer: Peer, sender: _Incarnation, header: emp.Send, body: bytes | None, now: float) -> None:
+        assert body is not None
+        lane = sender.lanes.get((header.destination, header.priority))
+        if lane is None:
+            if header.first != header.floor:  # rule 3
+                if not sender.throttled:
+                    self._ask(peer)
+                return
+            if len(sender.lanes) >= self.limits.max_lanes and not self._forget_lanes(sender):
+                self._refuse_frame(
+                    peer, emp.TOO_MANY, f"{self.limits.max_lanes} destinations are in use, the most allowed"
+                )
+                return
+            lane = self._new_lane(sender, header)
+        elif header.first > lane.last + 1:
+            if not sender.throttled:
+                self._ask(peer)
+            return
+        if header.floor > lane.floor:
+            lane.floor = min(header.floor, lane.last + 1)
+            if lane.exceptions:
+                self._prune(lane)
+        last = header.first + header.count - 1
+        if last <= lane.last:
+            return  # seen before; what is known of it was told after WELCOME
+        from_ = max(header.first, lane.last + 1)
+        batch = _Batch(header, from_, body, now)
+        if not self._admit(peer, lane, batch, now):
+            return
+        if self.inspection.taps:
+            self._out.extend(Out(*shown) for shown in self.inspection.tap(sender.name, header, body, now))
+        self._route(lane, batch, now)
+
+    def _new_lane(self, sender: _Incarnation, header: emp.Send) -> _Lane:
+        module = sender.module
+        key = (header.destination, header.priority)
+        usage = module.usages.get(key)
+        if usage is None:
+            usage = module.usages[key] = _Usage()
+        lane = sender.lanes[key] = _Lane(sender, header.destination, header.priority, header.floor, usage)
+        return lane
+
+    def _forget_lanes(self, sender: _Incarnation) -> bool:
+        """Forget lanes that are empty and whose settlement the sender has seen (rule 5)."""
+        idle = [key for key, lane in sender.lanes.items() if not lane.batches and lane.floor > lane.last]
+        for key in idle:
+            self._drop_lane(sender.lanes.pop(key))
+        return bool(idle)
+
+    def _drop_lane(self, lane: _Lane) -> None:
+        for outlet in lane.outlets.values():
+            self._drop_outlet(outlet)
+        lane.outlets = {}
+
+    def _drop_outlet(self, outlet: _Outlet) -> None:
+        module = outlet.module
+        module.outlets.pop((outlet.lane.sender.id, outlet.lane.destination, outlet.lane.priority), None)
+        if outlet.feed is not None:
+            try:
+                outlet.feed.outlets.remove(outlet)
+            except ValueError:
+                pass
+
+    def _admit(self, peer: Peer, lane: _Lane, batch: _Batch, now: float) -> bool:
+        """Whether the batch gets its place in the lane (perhaps only to be refused there)."""
+        limits = self.limits.limits
+        usage = lane.usage
+        count = batch.last - batch.from_ + 1
+        reason = None
+        if batch.size > max(limits.message_bytes, limits.batch_bytes) + 16:
+            reason = emp.TOO_LARGE
+        elif not self._access.may_send(lane.sender.name, lane.destination):
+            reason = emp.DENIED
+        elif usage.messages and (
+            usage.messages + count > 2 * limits.window_messages
+            or usage.size + batch.size > 2 * limits.window_bytes + limits.message_bytes
+        ):
+            reason = emp.OVERFLOW
+        elif self._held_bytes + batch.size > self.limits.byte_budget and self._must_wait(lane, batch):
+            # Not taken: the sender keeps it, and is asked to send again when there is room.
+            if not lane.sender.throttled:
+                lane.sender.throttled = True
+                self._throttled.append(lane.sender)
+            return False
+        lane.last = batch.last
+        if reason is not None:
+            batch.body = b""
+            batch.size = 0
+        lane.batches.append(batch)
+        usage.messages += count
+        usage.size += batch.size
+        self._held_bytes += batch.size
+        self._held_messages += count
+        if reason is not None:
+            self._refuse_batch(lane, batch, reason)
+            return False
+        return True
+
+    def _must_wait(self, lane: _Lane, batch: _Batch) -> bool:
+        """With the budget used up, only a receiver that holds nearly nothing gets more."""
+        if lane.priority == REPLY:
+            return False
+        if lane.to_group:
+            receivers = self._members(group_name(lane.destination))
+        else:
+            receivers = [module for module in (self._modules.get(lane.destination),) if module is not None]
+        return any(module.held and module.held + batch.size > self.limits.reserve_bytes for module in receivers)
+
+    def _release(self) -> None:
+        """There is room again: ask those whose messages were not taken to send them again."""
+        throttled, self._throttled = self._throttled, []
+        for sender in throttled:
+            sender.throttled = False
+            if sender.attached and sender.peer is not None:
+                peer = sender.peer
+                self._ask(peer)
+
+    def _route(self, lane: _Lane, batch: _Batch, now: float) -> None:
+        if lane.batches[0] is not batch and not lane.batches[-2].routed:
+            return  # behind a parked one
+        if self._grace_until is not None and not self._can_route_now(lane):
+            self._parked.append(lane)
+            return
+        self._route_batch(lane, batch, now)
+
+    def _can_route_now(self, lane: _Lane) -> bool:
+        """During the grace only what goes to a declared or attached module directly."""
+        if lane.to_group:
+            return False
+        module = self._modules.get(lane.destination)
+        return module is not None and (module.declared or module.seen) and (lane.priority != REPLY or module.seen)
+
+    def _end_grace(self, now: float) -> None:
+        self._grace_until = None
+        parked, self._parked = self._parked, []
+        for lane in parked:
+            for batch in list(lane.batches):
+                if not batch.routed:
+                    self._route_batch(lane, batch, now)
+
+    def _route_batch(self, lane: _Lane, batch: _Batch, now: float) -> None:
+        batch.routed = True
+        if lane.to_group:
+            members = self._members(group_name(lane.destination))
+            if batch.flags & emp.RETAIN and batch.retain_key is not None and not self._retain(lane, batch):
+                self._refuse_batch(lane, batch, emp.OVERFLOW)
+                return
+            if not members:
+                if batch.flags & emp.RETAIN:
+                    self._advance(lane)
+                else:
+                    self._refuse_batch(lane, batch, emp.UNROUTABLE)
+                return
+            if batch.flags & emp.EXPECTS_REPLY:
+                batch.members = [module.name for module in members]
+                lane.unreported_members.append((batch.from_, batch.last - batch.from_ + 1, batch.members))
+                self._touch(lane)
+            batch.pending = len(members)
+            for module in members:
+                self._enqueue(lane, module, batch)
+            return
+        receiver = self._modules.get(lane.destination)
+        if receiver is None:
+            self._refuse_batch(lane, batch, emp.GONE if lane.priority == REPLY else emp.UNROUTABLE)
+            return
+        if lane.priority == REPLY and (receiver.holder is None or receiver.holder.id != batch.requester):
+            self._refuse_batch(lane, batch, emp.GONE)
+            return
+        batch.pending = 1
+        self._enqueue(lane, receiver, batch)
+
+    def _members(self, group: str) -> list[_Module]:
+        return [module for module in self._modules.values() if group in module.groups]
+
+    def _enqueue(self, lane: _Lane, module: _Module, batch: _Batch) -> None:
+        outlet = lane.outlets.get(module.name)
+        if outlet is None or outlet.module is not module:
+            outlet = self._new_outlet(lane, module, batch.from_ - 1)
+        outlet.waiting.append(batch)
+        if outlet.feed is not None:
+            outlet.feed.pending += 1
+        module.held += batch.size
+        module.held_messages += batch.last - batch.from_ + 1
+        if batch.deadline is not None:
+            module.timed += 1
+        if not outlet.ready:
+            self._offer(outlet)
+
+    def _new_outlet(self, lane: _Lane, module: _Module, acked: int) -> _Outlet:
+        # Replies wait for nobody; the store's lanes (generation 0) have no older incarnation.
+        feed = None if lane.priority == REPLY or not lane.sender.generation else self._feed(lane.sender, module)
+        outlet = _Outlet(lane, module, feed, acked)
+        lane.outlets[module.name] = outlet
+        module.outlets[(lane.sender.id, lane.destination, lane.priority)] = outlet
+        if feed is not None:
+            feed.outlets.append(outlet)
+        return outlet
+
+    def _feed(self, sender: _Incarnation, module: _Module) -> _Feed:
+        feeds = module.feeds.setdefault(sender.name, [])
+        for feed in feeds:
+            if feed.incarnation is sender:
+                return feed
+        while feeds and not feeds[0].pending:
+            self._retire(module, feeds.pop(0))
+        feed = _Feed(sender, blocked=bool(feeds))
+        feeds.append(feed)
+        return feed
+
+    def _retire(self, module: _Module, feed: _Feed) -> None:
+        """An older incarnation's lanes are done with."""
+        for outlet in list(feed.outlets):
+            self._drop_outlet(outlet)
+            outlet.lane.outlets.pop(module.name, None)
+
+    def _fed(self, module: _Module, feed: _Feed) -> None:
+        """A feed has run empty: the next incarnation's may begin (rule 19)."""
+        feeds = module.feeds.get(feed.incarnation.name)
+        if feeds is None or len(feeds) < 2:
+            return
+        while len(feeds) > 1 and not feeds[0].pending:
+            self._retire(module, feeds.pop(0))
+        if feeds[0].blocked:
+            feeds[0].blocked = False
+            for outlet in feeds[0].outlets:
+                self._offer(outlet)
+
+    # --- deliveries ---------------------------------------------------------------------------------
+
+    def _offer(self, outlet: _Outlet) -> None:
+        """Put an outlet in its receiver's turn, if it has something to deliver and may."""
+        if outlet.ready or not outlet.waiting or (outlet.feed is not None and outlet.feed.blocked):
+            return
+        outlet.ready = True
+        module = outlet.module
+        module.ready[outlet.lane.priority].append(outlet)
+        self._wake(module)
+
+    def _wake(self, module: _Module) -> None:
+        if not module.pumping:
+            module.pumping = True
+            self._dirty_modules.append(module)
+
+    def _pump(self, module: _Module, now: float) -> None:
+        """Deliver what the receiver's prefetch has room for: replies, requests, signals, data."""
+        holder = module.holder
+        if holder is None or not holder.attached:
+            return
+        if module.suspects:
+            self._pump_alone(module, holder, now)
+            return
+        for priority in range(PRIORITIES):
+            if holder.draining and priority != REPLY:
+                return
+            ready = module.ready[priority]
+            while ready:
+                flying = module.in_flight[priority]
+                if (
+                    priority != REPLY
+                    and flying
+                    and (
+                        flying >= holder.prefetch_messages or module.in_flight_bytes[priority] >= holder.prefetch_bytes
+                    )
+                ):
+                    break
+                outlet = ready[0]
+                if not outlet.waiting:
+                    ready.popleft()
+                    outlet.ready = False
+                    continue
+                batch = outlet.waiting[0]
+                if (
+                    batch.deadline is not None
+                    and batch.deadline <= now
+                    and not (outlet.voided and batch.first in outlet.voided)
+                ):
+                    self._void(outlet, batch, emp.EXPIRED)
+                if outlet.voided and batch.first in outlet.voided:
+                    outlet.waiting.popleft()
+                    outlet.in_flight.append(batch)
+                    self._settle_voided(outlet)
+                    continue
+                count = batch.last - max(batch.from_, outlet.acked + 1) + 1
+                if (
+                    priority != REPLY
+                    and flying
+                    and (
+                        flying + count > holder.prefetch_messages
+                        or module.in_flight_bytes[priority] + batch.size > holder.prefetch_bytes
+                    )
+                ):
+                    break  # rule 29: a batch larger than the rest goes when nothing else is in flight
+                self._launch(outlet, holder, now)
+                if outlet.waiting:
+                    if len(ready) > 1:
+                        ready.rotate(-1)
+                else:
+                    ready.popleft()
+                    outlet.ready = False
+
+    def _launch(self, outlet: _Outlet, holder: _Incarnation, now: float) -> None:
+        """Deliver the next batch of an outlet."""
+        batch = outlet.waiting.popleft()
+        self._deliver(outlet, batch, holder, now)
+        outlet.in_flight.append(batch)
+        priority = outlet.lane.priority
+        module = outlet.module
+        module.in_flight[priority] += batch.last - batch.from_ + 1
+        module.in_flight_bytes[priority] += batch.size
+
+    def _deliver(
+        self, outlet: _Outlet, batch: _Batch, holder: _Incarnation, now: float, alone: bytes | None = None
+    ) -> None:
+        lane = outlet.lane
+        sender = lane.sender
+        if not outlet.number:
+            outlet.number = holder.next_number
+            holder.next_number += 1
+            holder.outlets[outlet.number] = outlet
+        from_ = max(batch.from_, outlet.acked + 1)
+        flags = batch.flags & (emp.EXPECTS_REPLY | emp.REPLY | emp.RETAIN | emp.FROM_STORE)
+        module = outlet.module
+        if batch.flags & emp.RESENT or from_ <= outlet.redelivered_to:
+            flags |= emp.REDELIVERED
+            module.redelivered += 1 if alone is not None else batch.last - from_ + 1
+        void: list[tuple[int, str]] = []
+        if lane.exceptions:
+            void = [
+                (number, reason)
+                for number, refusals in lane.exceptions.items()
+                if lane.floor <= number < from_
+                for reason, member in refusals
+                if member is None or member == module.name
+            ]
+        header = emp.Deliver(
+            holder.session,
+            outlet.number,
+            sender.name,
+            sender.id,
+            sender.generation,
+            lane.destination,
+            lane.priority,
+            from_ if alone is not None else batch.first,
+            1 if alone is not None else batch.last - batch.first + 1,
+            from_,
+            min(lane.floor, from_),
+            void,
+            flags,
+            None if batch.deadline is None else max(0, int((batch.deadline - now) * 1000)),
+            batch.requester,
+            batch.retain_key,
+            batch.retain_version,
+        )
+        outlet.delivered_to = from_ if alone is not None else batch.last
+        assert holder.peer is not None
+        self._out.append(Out(holder.peer, emp.encode(emp.DELIVER, header, batch.body if alone is None else alone)))
+
+    def _pump_alone(self, module: _Module, holder: _Incarnation, now: float) -> None:
+        """While messages are suspected of killing their receiver: one at a time (rule 32)."""
+        ready = module.ready[REPLY]
+        while ready:
+            outlet = ready.popleft()
+            outlet.ready = False
+            while outlet.waiting:
+                if outlet.voided and outlet.waiting[0].first in outlet.voided:
+                    outlet.in_flight.append(outlet.waiting.popleft())
+                else:
+                    self._launch(outlet, holder, now)
+            self._settle_voided(outlet)
+        if holder.draining or any(module.in_flight[1:]):
+            return
+        for outlet, number in list(module.suspects.items()):
+            if outlet.feed is not None and outlet.feed.blocked:
+                continue
+            if outlet.acked >= number or not outlet.waiting:
+                self._cleared(outlet)
+                continue
+            batch = outlet.waiting[0]
+            if outlet.voided and batch.first in outlet.voided:
+                self._settle_voided(outlet)
+                continue
+            assert outlet.deaths is not None
+            number = max(batch.from_, outlet.acked + 1)
+            alone = split_batch(batch.body, number - batch.first)
+            if alone is None or outlet.deaths.get(number, 0) >= self.limits.poison_after_deaths:
+                self._refuse_number(outlet, number, emp.FAILED if alone is not None else emp.INVALID)
+                self._cleared(outlet)
+                continue
+            self._deliver(outlet, batch, holder, now, alone)
+            outlet.solo = number
+            module.in_flight[outlet.lane.priority] += 1
+            return
+        if not module.suspects:
+            self._wake(module)
+
+    def _cleared(self, outlet: _Outlet) -> None:
+        outlet.module.suspects.pop(outlet, None)
+        if outlet.deaths is not None:
+            outlet.deaths = {number: n for number, n in outlet.deaths.items() if number > outlet.acked} or None
+        self._wake(outlet.module)
+
+    def _refuse_number(self, outlet: _Outlet, number: int, reason: str) -> None:
+        """Refuse the one message `number`, which is the next of the outlet."""
+        lane = outlet.lane
+        self._except(lane, number, reason, outlet.module)
+        outlet.acked = number
+        outlet.delivered_to = max(outlet.delivered_to, number)
+        self._pop_acked(outlet)
+        self._advance(lane)
+
+    # --- ACK and settlement ---------------------------------------------------------------------------
+
+    def _on_ack(self, peer: Peer, receiver: _Incarnation, ack: emp.Ack, body: bytes | None, now: float) -> None:
+        if ack.session != receiver.session:  # rule 6
+            return
+        module = receiver.module
+        for number, cumulative, exceptions in ack.lanes:
+            outlet = receiver.outlets.get(number)
+            if outlet is None or cumulative > outlet.delivered_to:
+                self._refuse_frame(
+                    peer,
+                    emp.BAD_HEADER,
+                    f"ACK/1: lane {number} up to {cumulative}, delivered was "
+                    + (f"up to {outlet.delivered_to}" if outlet is not None else "nothing of that lane"),
+                )
+                continue
+            if cumulative <= outlet.acked:
+                continue
+            before = outlet.acked
+            for refused, reason in exceptions:
+                if before < refused <= cumulative:
+                    self._except(outlet.lane, refused, reason, module)
+            module.delivered += cumulative - before - len(exceptions)
+            priority = outlet.lane.priority
+            if outlet.solo:
+                module.in_flight[priority] = 0
+                outlet.solo = 0
+            in_flight = outlet.in_flight
+            lane = outlet.lane
+            while in_flight:
+                batch = in_flight[0]
+                if outlet.voided and batch.first in outlet.voided:
+                    outlet.voided.discard(batch.first)
+                elif batch.last <= cumulative:
+                    module.in_flight[priority] -= batch.last - batch.from_ + 1
+                    module.in_flight_bytes[priority] -= batch.size
+                else:
+                    break
+                in_flight.popleft()
+                outlet.acked = batch.last
+                self._resolved(outlet, batch)
+            outlet.acked = max(outlet.acked, cumulative)
+            self._pop_acked(outlet)
+            if outlet in module.suspects and outlet.acked >= module.suspects[outlet]:
+                self._cleared(outlet)
+            elif outlet.deaths is not None:
+                outlet.deaths = {n: deaths for n, deaths in outlet.deaths.items() if n > outlet.acked} or None
+            self._advance(lane)
+        self._wake(module)
+
+    def _pop_acked(self, outlet: _Outlet) -> None:
+        """Batches that wait though all of them is acknowledged (delivered one by one, or refused)."""
+        while not outlet.in_flight and outlet.waiting and outlet.waiting[0].last <= outlet.acked:
+            self._resolved(outlet, outlet.waiting.popleft())
+        self._settle_voided(outlet)
+
+    def _resolved(self, outlet: _Outlet, batch: _Batch) -> None:
+        """`outlet` is done with `batch`."""
+        module = outlet.module
+        module.held -= batch.size
+        count = batch.last - batch.from_ + 1
+        module.held_messages -= count
+        waited = self._now - batch.arrived
+        for place, bound in enumerate(LATENCY_BOUNDS_SECONDS):
+            if waited <= bound:
+                module.latency[place] += count
+                break
+        else:
+            module.latency[-1] += count
+        if batch.deadline is not None:
+            module.timed -= 1
+        batch.pending -= 1
+        feed = outlet.feed
+        if feed is not None:
+            feed.pending -= 1
+            if not feed.pending:
+                self._fed(module, feed)
+
+    def _advance(self, lane: _Lane) -> None:
+        """Settle what all receivers of the lane are done with, in order."""
+        batches = lane.batches
+        cumulative = lane.cumulative
+        while batches:
+            batch = batches[0]
+            if batch.pending or not batch.routed:
+                if not lane.to_group and batch.routed:
+                    outlet = lane.outlets.get(lane.destination)
+                    if outlet is not None and outlet.acked > cumulative:
+                        cumulative = min(outlet.acked, batch.last)
+                break
+            batches.popleft()
+            cumulative = batch.last
+            count = batch.last - batch.from_ + 1
+            lane.usage.messages -= count
+            lane.usage.size -= batch.size
+            self._held_bytes -= batch.size
+            self._held_messages -= count
+        if cumulative > lane.cumulative:
+            lane.cumulative = cumulative
+            self._touch(lane)
+
+    def _touch(self, lane: _Lane) -> None:
+        if not lane.dirty:
+            lane.dirty = True
+            self._dirty_lanes.append(lane)
+
+    def _report(self, lane: _Lane) -> None:
+        """Tell the sender how far the lane is settled. Nobody to tell: WELCOME will be followed by it (rule 11)."""
+        sender = lane.sender
+        if not sender.attached or sender.peer is None:
+            return
+        exceptions: list[tuple[int, str, str | None]] = []
+        if lane.exceptions:
+            exceptions = [
+                (number, reason, member)
+                for number, refusals in sorted(lane.exceptions.items())
+                if lane.reported < number <= lane.cumulative
+                for reason, member in refusals
+            ]
+        lane.reported = lane.cumulative
+        members, lane.unreported_members = lane.unreported_members, []
+        self._out.append(
+            Out(
+                sender.peer,
+                emp.encode(
+                    emp.SETTLED, emp.Settled(lane.destination, lane.priority, lane.cumulative, exceptions, members)
+                ),
+            )
+        )
+
+    def _except(self, lane: _Lane, number: int, reason: str, module: _Module | None) -> None:
+        member = module.name if module is not None and lane.to_group else None
+        lane.exceptions.setdefault(number, []).append((reason, member))
+        counted = module if module is not None else lane.sender.module
+        counted.refused[reason] = counted.refused.get(reason, 0) + 1
+
+    def _prune(self, lane: _Lane) -> None:
+        lane.exceptions = {number: why for number, why in lane.exceptions.items() if number >= lane.floor}  # rule 12
+
+    def _refuse_batch(self, lane: _Lane, batch: _Batch, reason: str) -> None:
+        """Refuse a whole batch; it keeps its place in the lane (rule 5)."""
+        batch.routed = True
+        for number in range(batch.from_, batch.last + 1):
+            self._except(lane, number, reason, None)
+        self._advance(lane)
+
+    def _void(self, outlet: _Outlet, batch: _Batch, reason: str) -> None:
+        """Refuse what waits in one mailbox; it is settled when the ones before it are."""
+        if outlet.voided is None:
+            outlet.voided = set()
+        outlet.voided.add(batch.first)
+        for number in range(max(batch.from_, outlet.acked + 1), batch.last + 1):
+            self._except(outlet.lane, number, reason, outlet.module)
+
+    def _settle_voided(self, outlet: _Outlet) -> None:
+        if not outlet.voided:
+            return
+        moved = False
+        while outlet.voided:
+            if outlet.in_flight:
+                batch = outlet.in_flight[0]
+                if batch.first not in outlet.voided:
+                    break
+                outlet.in_flight.popleft()
+            elif outlet.waiting and outlet.waiting[0].first in outlet.voided:
+                batch = outlet.waiting.popleft()
+            else:
+                break
+            outlet.voided.discard(batch.first)
+            outlet.acked = max(outlet.acked, batch.last)
+            outlet.delivered_to = max(outlet.delivered_to, outlet.acked)
+            self._resolved(outlet, batch)
+            moved = True
+        if moved:
+            self._advance(outlet.lane)
+
+    def _refuse_all(self, outlet: _Outlet, reason: str) -> None:
+        for batch in (*outlet.in_flight, *outlet.waiting):
+            if not (outlet.voided and batch.first in outlet.voided):
+                self._void(outlet, batch, reason)
+        outlet.ready = False
+        self._settle_voided(outlet)
+        self._drop_outlet(outlet)
+        outlet.lane.outlets.pop(outlet.module.name, None)
+        outlet.module.suspects.pop(outlet, None)
+
+    def _expire_mailbox(self, module: _Module, now: float) -> None:
+        """Only what waits in the mailbox expires; once delivered, the ACK decides (rule 33)."""
+        for outlet in list(module.outlets.values()):
+            for batch in outlet.waiting:
+                if batch.deadline is None or batch.deadline > now:
+                    break
+                if not (outlet.voided and batch.first in outlet.voided) and not outlet.solo:
+                    self._void(outlet, batch, emp.EXPIRED)
+            self._settle_voided(outlet)
+
+    # --- PING, DRAIN, BYE, retained -------------------------------------------------------------------
+
+    def _on_ping(self, peer: Peer, incarnation: _Incarnation, ping: emp.Ping, body: bytes | None, now: float) -> None:
+        incarnation.counters = ping.counters
+        for destination, priority, floor in ping.floors:
+            lane = incarnation.lanes.get((destination, priority))
+            if lane is not None and lane.floor < floor <= lane.last + 1:
+                lane.floor = floor
+                if lane.exceptions:
+                    self._prune(lane)
+        self._out.append(Out(peer, emp.encode(emp.PONG, emp.Pong(ping.nonce))))
+
+    def _on_drain(
+        self, peer: Peer, incarnation: _Incarnation, drain: emp.Drain, body: bytes | None, now: float
+    ) -> None:
+        incarnation.draining = True
+        incarnation.module.state = "draining"
+
+    def _on_bye(self, peer: Peer, incarnation: _Incarnation, bye: emp.Bye, body: bytes | None, now: float) -> None:
+        module = incarnation.module
+        self._end_session(incarnation, now, died=False)
+        if module.holder is not incarnation:
+            return
+        module.holder = None
+        self._event(module, "gone", incarnation.pid, now)
+        if bye.leaving and not module.declared:
+            self._let_go(module, now)
+
+    def _retain(self, lane: _Lane, batch: _Batch) -> bool:
+        """Keep the batch's message for later members; False when the store is full."""
+        assert batch.retain_key is not None
+        sender = lane.sender
+        version = (sender.generation, batch.retain_version[1] if batch.retain_version else 0)
+        key = (sender.name, lane.destination, batch.retain_key)
+        known = self._retained.get(key)
+        batch.retain_version = version
+        if known is not None and known.version >= version:
+            return True
+        size = self._retained_bytes + batch.size - (len(known.body) if known else 0)
+        if size > self.limits.max_retained_bytes or (known is None and len(self._retained) >= self.limits.max_retained):
+            return False
+        self._retained_bytes = size
+        header = emp.Send(
+            lane.destination, lane.priority, 1, 1, 1, emp.RETAIN | emp.FROM_STORE, None, None, batch.retain_key
+        )
+        self._retained[key] = _Retained(header, version, batch.body)
+        return True
+
+    def _source(self, name: str) -> _Incarnation:
+        source = self._sources.get(name)
+        if source is None:
+            digest = hashlib.blake2b(name.encode(), digest_size=emp.INCARNATION_BYTES - emp.EPOCH_BYTES).digest()
+            module = _Module(name, declared=True, groups=frozenset(), now=self._started)
+            source = self._sources[name] = _Incarnation(module, self.epoch + digest, 0)
+        return source
+
+    def _deliver_retained(self, module: _Module, now: float) -> None:
+        """Give a process that has just come the last version of what its groups retain.
+
+        They come on lanes of the broker's own, with the source's name and an incarnation made of epoch and name.
+        """
+        for (name, destination, _), kept in self._retained.items():
+            if group_name(destination) not in module.groups:
+                continue
+            lane = module.store_lanes.get((name, destination))
+            if lane is None:
+                lane = _Lane(self._source(name), destination, kept.header.priority, 1, _Usage())
+                module.store_lanes[(name, destination)] = lane
+            number = lane.last = lane.last + 1
+            lane.floor = lane.cumulative + 1
+            batch = _Batch(msgspec.structs.replace(kept.header, first=number), number, kept.body, now)
+            batch.retain_version = kept.version
+            batch.routed = True
+            batch.pending = 1
+            lane.batches.append(batch)
+            self._held_bytes += batch.size
+            self._held_messages += 1
+            lane.usage.messages += 1
+            lane.usage.size += batch.size
+            self._enqueue(lane, module, batch)
+
+    # --- answers to peers --------------------------------------------------------------------------
+
+    def _ask(self, peer: Peer) -> None:
+        """WHO: say HELLO and send again. At most one until then (rule 10)."""
+        incarnation = self._peers.pop(peer, None)
+        if incarnation is not None and incarnation.peer == peer:
+            self._end_session(incarnation, self._now, died=False)
+        if peer in self._asked:
+            return
+        if len(self._asked) >= MAX_PEERS:
+            self._asked.pop(next(iter(self._asked)))
+        self._asked[peer] = True
+        self._who += 1
+        self._out.append(Out(peer, emp.encode(emp.WHO, emp.Who(self.epoch))))
+
+    def _refuse_frame(self, peer: Peer, code: str, text: str) -> None:
+        self._refused_frames[code] = self._refused_frames.get(code, 0) + 1
+        self._out.append(Out(peer, emp.encode(emp.REFUSED, emp.Refused(code, text[:1024]))))
+
+    def _event(self, module: _Module, event: str, pid: int, now: float) -> None:
+        holder = module.holder
+        self.life.append(Life(module.name, event, pid, holder.credentials if holder else Credentials()))
+        self._out.extend(Out(*shown) for shown in self.inspection.presence(module.name, event, pid, now))
+
+    # --- what can be seen -------------------------------------------------------------------------------
+
+    def statistics(self, now: float) -> dict[str, Any]:
+        """What `edgezmq status` shows; keys as in docs/emp.md, ADMIN."""
+        return {
+            "broker": {
+                "epoch": self.epoch.hex(),
+                "uptime_s": round(now - self._started, 3),
+                "bytes_held": self._held_bytes,
+                "messages_held": self._held_messages,
+                "byte_budget": self.limits.byte_budget,
+                "retained": len(self._retained),
+                "refused_frames": dict(self._refused_frames),
+                "resyncs_asked": self._who,
+                "senders_waiting_for_room": len(self._throttled),
+            },
+            "modules": [self._module_statistics(module, now) for module in self._modules.values()],
+        }
+
+    def _module_statistics(self, module: _Module, now: float) -> dict[str, Any]:
+        holder = module.holder
+        oldest = min(
+            (
+                batches[0].arrived
+                for outlet in module.outlets.values()
+                for batches in (outlet.in_flight, outlet.waiting)
+                if batches
+            ),
+            default=None,
+        )
+        return {
+            "name": module.name,
+            "state": module.state,
+            "declared": module.declared,
+            "groups": sorted(module.groups),
+            "pid": holder.pid if holder else 0,
+            "uid": holder.credentials.uid if holder else -1,
+            "incarnation": holder.id.hex() if holder else "",
+            "generation": holder.generation if holder else module.generation,
+            "sdk": holder.sdk if holder else "",
+            "queued": module.held_messages - sum(module.in_flight),
+            "queued_bytes": module.held,
+            "in_flight": sum(module.in_flight),
+            "delivered": module.delivered,
+            "redelivered": module.redelivered,
+            "refused": dict(module.refused),
+            "suspects": len(module.suspects),
+            "oldest_age_ms": int((now - oldest) * 1000) if oldest is not None else 0,
+            "latency": dict(zip((*map(str, LATENCY_BOUNDS_SECONDS), "inf"), module.latency, strict=True)),
+            "last_heard_ms": int((now - holder.last_heard) * 1000) if holder else -1,
+            "counters": dict(holder.counters) if holder else {},
+            "lanes": [
+                {
+                    "sender": outlet.lane.sender.name,
+                    "destination": outlet.lane.destination,
+                    "priority": outlet.lane.priority,
+                    "unsettled": outlet.lane.last - outlet.lane.cumulative,
+                    "waiting": len(outlet.waiting),
+                    "in_flight": len(outlet.in_flight),
+                }
+                for outlet in module.outlets.values()
+                if outlet.waiting or outlet.in_flight
+            ],
+        }
