@@ -169,8 +169,13 @@ class Uplink:
             self._order.append(held)
         return held
 
-    def skip(self, mid: int, qos: int) -> list[int]:
-        """A PUBLISH that needs no settlement (an echo, a malformed topic); returns what to acknowledge."""
+    def skip(self, mid: int, qos: int, *, reason: str = "") -> list[int]:
+        """A PUBLISH that does not go to the bus (an echo, a malformed topic); returns what to acknowledge.
+
+        With a reason it is counted as given up.
+        """
+        if reason:
+            self.given_up[reason] = self.given_up.get(reason, 0) + 1
         if not qos:
             return []
         self._carried.pop(mid, None)

@@ -268,10 +268,14 @@ class _Side:
             log.warning("publish given up topic=%s: it ended every connection that carried it", suspect.topic)
             self._finish(suspect, "failed")
 
-    def message(self, mid: int, qos: int, dup: bool, topic: str | None, payload: bytes) -> None:
+    def message(self, mid: int, qos: int, dup: bool, topic: str | None, payload: bytes | None, size: int) -> None:
         if self._owner.is_draining:
             return
         uplink = self.uplink
+        if payload is None:
+            self._tell(f"skipped for its {size} bytes", topic or "?")
+            self._acknowledge(uplink.skip(mid, qos, reason=TOO_LARGE))
+            return
         if topic is None or not is_topic(topic):
             uplink.malformed += 1
             self._tell("topic is not UTF-8 or has wildcards", "?")

@@ -1,9 +1,9 @@
 """One connection to one MQTT broker, dialled again for ever: the only file that knows the MQTT library.
 
-paho-mqtt does the protocol (packets, packet ids, repeats after a reconnect); asyncio does the network. Between the
-two stands `_Wire`, which plays the socket that paho reads from and writes to. That gives TLS without threads, one
-read for many packets and one write for many PUBACKs: paho by itself makes three reads and a write of each message.
-Keepalive is ours too, because paho's takes a connection that we do not read on purpose for a dead one.
+paho-mqtt does the protocol (connecting, packet ids, repeats after a reconnect); asyncio does the network. Between the
+two stands `_Wire`, which plays the socket that paho reads from and writes to: TLS without threads, one read for many
+packets, one write for many PUBACKs. Incoming PUBLISHes, which paho would hand through as they are, pass it by
+(`packets`). Keepalive is ours too, because paho's takes a connection that we do not read on purpose for a dead one.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from modules.eventbus.backoff import Backoff
 from modules.eventbus.config import SECTION, Server, TlsFiles
+from modules.eventbus.packets import MalformedPacket, PacketReader, puback
 from runtime.errors import ConfigError
 
 log = logging.getLogger("modules.eventbus")
@@ -37,8 +38,10 @@ STOP_SECONDS: Final = 2.0
 "For the last bytes of an orderly disconnect."
 STABLE_SECONDS: Final = 5.0
 "A connection that lived this long makes the next try start with a short delay again."
-PACKETS_PER_TURN: Final = 128
+PACKETS_PER_TURN: Final = 256
 "Read in one turn of the event loop: about 4 ms; then others get theirs."
+MAX_PACKET_BYTES: Final = 16 * 2**20
+"A longer PUBLISH is skipped and reported; beyond what the bus carries in any configuration we expect."
 BACKLOG_BYTES: Final = 1 << 20
 "Bytes read and not yet parsed, from which on the socket is left alone."
 MQTT5: Final = MQTTProtocolVersion.MQTTv5
@@ -73,8 +76,8 @@ class Events(Protocol):
         """The connection can be used."""
 
     def disconnected(self, reason: str) -> None: ...
-    def message(self, mid: int, qos: int, dup: bool, topic: str | None, payload: bytes) -> None:
-        """A PUBLISH; `topic` is None when it is not UTF-8. QoS 1 has to be acknowledged."""
+    def message(self, mid: int, qos: int, dup: bool, topic: str | None, payload: bytes | None, size: int) -> None:
+        """A PUBLISH (`packets.InPublish`). QoS 1 has to be acknowledged."""
 
     def turn_ended(self) -> None:
         """A batch of packets has been read."""
@@ -131,10 +134,8 @@ class MqttConnection:
 
     def acknowledge(self, mids: list[int]) -> None:
         """Send a PUBACK for each, in this order."""
-        assert self._client is not None
-        ack = self._client.ack
-        for mid in mids:
-            ack(mid, 1)
+        assert self._wire is not None
+        self._wire.send_whole(b"".join(map(puback, mids)))
 
     def subscribe(self, topic_filter: str) -> int:
         assert self._client is not None
@@ -205,7 +206,7 @@ class MqttConnection:
         """One connection from dial to end; returns why it ended."""
         self.dials += 1
         loop = asyncio.get_running_loop()
-        wire = _Wire(self, loop)
+        wire = _Wire(self, loop, is_mqtt5=self._version is MQTT5)
         async with asyncio.timeout(DIAL_SECONDS):
             await loop.create_connection(
                 lambda: wire, self._server.host, self._server.port, ssl=tls_context(self._server.tls)
@@ -230,6 +231,7 @@ class MqttConnection:
                 self._server, self._settings.client_id, answer.version, answer.session_present,
             )  # fmt: skip
             self._events.connected(answer)
+            wire.schedule_parsing()
             return await self._watch(wire)
         finally:
             wire.close()
@@ -275,13 +277,6 @@ class MqttConnection:
         )
         events = self._events
 
-        def on_message(_client: paho.Client, _data: Any, message: paho.MQTTMessage) -> None:
-            try:
-                topic: str | None = message.topic
-            except UnicodeDecodeError:
-                topic = None
-            events.message(message.mid, message.qos, message.dup, topic, bytes(message.payload))
-
         def on_publish(_client: paho.Client, _data: Any, mid: int, code: ReasonCode, _props: Properties) -> None:
             events.published(mid, code.value)
 
@@ -290,7 +285,6 @@ class MqttConnection:
         ) -> None:
             events.answered(mid, not any(code.is_failure for code in codes))
 
-        client.on_message = on_message
         client.on_publish = on_publish
         client.on_subscribe = on_subscribe
         client.on_unsubscribe = on_subscribe
@@ -374,15 +368,16 @@ class _Client(paho.Client):
 class _Wire(asyncio.Protocol):
     """The network on one side, what paho takes for a socket (`SocketLike`) on the other.
 
-    `recv` gives out what has been read, and raises BlockingIOError when that is used up. `send` takes whole packets
-    and keeps them until the turn of the event loop is over; then they go out in one write.
+    `recv` gives out one packet, and raises BlockingIOError when that is used up. `send` takes whole packets and
+    keeps them until the turn of the event loop is over; then they go out in one write.
     """
 
-    def __init__(self, owner: MqttConnection, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, owner: MqttConnection, loop: asyncio.AbstractEventLoop, *, is_mqtt5: bool) -> None:
         self._owner = owner
         self._loop = loop
         self._transport: asyncio.Transport | None = None
-        self._data = b""
+        self._reader = PacketReader(is_mqtt5=is_mqtt5, limit_bytes=MAX_PACKET_BYTES)
+        self._packet = b""  # the one that paho is reading
         self._position = 0
         self._to_send: list[bytes | bytearray] = []
         self._parsing_scheduled = False
@@ -401,8 +396,7 @@ class _Wire(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.last_received = self._loop.time()
-        self._data = self._data[self._position :] + data if self._position < len(self._data) else data
-        self._position = 0
+        self._reader.feed(data)
         if not self._parsing_scheduled:
             self._parse()
 
@@ -430,25 +424,42 @@ class _Wire(asyncio.Protocol):
         self._parse()
 
     def _parse(self) -> None:
-        """Let paho take packets, as many as fit into one turn, unless the owner has paused."""
+        """Take packets, as many as fit into one turn, unless the owner has paused."""
         client, owner = self._owner._client, self._owner
         if client is None or client.wire is not self or self.closed.done():
             return
+        if client.connack is not None and client.connack.done() and not owner._is_open:
+            return  # what follows the CONNACK waits until its owner knows of the connection
+        deliver, next_packet = owner._events.message, self._reader.next
+        more = False
         try:
             for _ in range(PACKETS_PER_TURN):
-                if owner._is_paused or self._position >= len(self._data):
+                if owner._is_paused:
                     break
-                if client.loop_read() is not MQTTErrorCode.MQTT_ERR_SUCCESS:
+                packet = next_packet()
+                if packet is None:
                     break
-        except Exception as fault:  # a broker's malformed packet must not end the process
-            log.warning("mqtt packet cannot be read server=%s fault=%r", owner._server, fault, exc_info=True)
+                if not isinstance(packet, bytes):
+                    if owner._is_open:
+                        deliver(*packet)
+                        continue
+                    raise MalformedPacket("PUBLISH before CONNACK")
+                self._packet, self._position = packet, 0
+                if client.loop_read() is not MQTTErrorCode.MQTT_ERR_SUCCESS or not owner._is_open:
+                    break
+            else:
+                more = True
+        except MalformedPacket as fault:
+            self.abort(f"malformed packet: {fault}")
+            return
+        except Exception as fault:  # whatever paho makes of a broker's packet must not end the process
+            log.warning("mqtt packet cannot be read server=%s", owner._server, exc_info=True)
             self.abort(f"unreadable packet: {fault!r}")
             return
         owner._events.turn_ended()
-        unread = len(self._data) - self._position
-        if unread and not owner._is_paused:
+        if more and not owner._is_paused:
             self.schedule_parsing()
-        self._hold_socket(owner._is_paused or unread > BACKLOG_BYTES)
+        self._hold_socket(owner._is_paused or (more and self._reader.unread_bytes > BACKLOG_BYTES))
 
     def _hold_socket(self, hold: bool) -> None:
         if self._transport is None or hold is self._socket_paused or self._transport.is_closing():
@@ -490,7 +501,7 @@ class _Wire(asyncio.Protocol):
 
     def recv(self, buffer_size: int) -> bytes:
         position = self._position
-        data = self._data[position : position + buffer_size]
+        data = self._packet[position : position + buffer_size]
         if not data:
             raise BlockingIOError
         self._position = position + len(data)
