@@ -135,9 +135,12 @@ class Outbox(Generic[T]):
             self._uncovered += len(taken)
         return taken
 
-    def barrier(self) -> int | None:
-        """Number of a barrier to send behind what was taken so far; None when nothing new needs one."""
-        if not self._uncovered:
+    def barrier(self, *, is_probe: bool = False) -> int | None:
+        """Number of a barrier to send behind what was taken so far; None when nothing new needs one.
+
+        `is_probe`: one is wanted in any case, to see whether the link lives and how long a round trip takes.
+        """
+        if not self._uncovered and not is_probe:
             return None
         self._barrier += 1
         self._covered.append((self._barrier, self._uncovered))

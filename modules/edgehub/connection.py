@@ -1,0 +1,282 @@
+"""One connection to CloudHub, from the dial to the clean-up.
+
+Three tasks in one task group, joined before `run` returns, so that nothing of one connection lives into the
+next: `route_to_edge` reads, `route_to_cloud` writes, `keep_alive` minds the clock. A failure of any of
+them ends the connection at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from typing import Final, NoReturn, Protocol
+
+from modules.edgehub import cloud
+from modules.edgehub.config import EdgeHubConfig, Endpoint
+from modules.edgehub.lanes import Lanes
+from modules.edgehub.link import Link, LinkLost, LinkRefused, Passed, Received
+from modules.edgehub.liveness import Liveness
+from modules.edgehub.outbox import Class, Outbox
+from modules.edgehub.session import Action, Failed, LinkSession, Lost, Opened
+from modules.edgehub.window import ByteWindow, TokenBucket
+from runtime.message import Message
+
+log = logging.getLogger("modules.edgehub")
+
+_BATCH_BYTES: Final = 256 * 1024
+"One write; several TLS records, far below what the loop takes 1 ms for."
+_BATCH_MESSAGES: Final = 2048
+_LOOK_SECONDS: Final = 0.5
+"How often progress is looked at while the cloud owes us something; never on an idle link."
+
+
+class Settles(Protocol):
+    """Who is told when the cloud has a message."""
+
+    def done(self) -> None: ...
+
+    def refuse(self, reason: str) -> None: ...
+
+
+class Host(Protocol):
+    """What a connection wants of the process it belongs to."""
+
+    def perform(self, actions: Iterable[Action]) -> None: ...
+
+    def receive(self, payload: bytes) -> None:
+        """A message came from the cloud."""
+
+    def skipped(self, size_bytes: int) -> None:
+        """A message from the cloud was too large."""
+
+    def confirmed(self, count: int) -> None:
+        """The cloud has so many messages more."""
+
+
+class Connection:
+    """`run` it once. While it runs, `wake` tells it that the outbox has something."""
+
+    def __init__(
+        self,
+        config: EdgeHubConfig,
+        link: Link,
+        host: Host,
+        session: LinkSession,
+        outbox: Outbox[Settles],
+        bucket: TokenBucket,
+        lanes: Lanes,
+    ) -> None:
+        self._config = config
+        self._link = link
+        self._host = host
+        self._session = session
+        self._outbox = outbox
+        self._bucket = bucket
+        self._lanes = lanes
+        self._clock: Callable[[], float] = asyncio.get_running_loop().time
+        self._window = ByteWindow(config.window_bytes_max)
+        self._liveness = Liveness(
+            silence_seconds=config.silence_seconds, limit_seconds=config.keepalive_limit_seconds, now=self._clock()
+        )
+        self._work = asyncio.Event()
+        self._look = asyncio.Event()
+        self._is_watching = False
+        self._is_reading_stopped = False
+        self._hang_up: str | None = None
+
+    @property
+    def window(self) -> ByteWindow:
+        return self._window
+
+    def wake(self) -> None:
+        """There may be something to write."""
+        self._work.set()
+
+    def hang_up(self, why: str) -> None:
+        """End the connection; `run` reports it as lost."""
+        self._hang_up = why
+        self._look.set()
+
+    # --- life ----------------------------------------------------------------------------------
+
+    async def run(self, endpoint: Endpoint) -> None:
+        """Dial, serve, clean up. The session is told of everything; raises nothing but cancellation."""
+        try:
+            await self._link.open(endpoint)
+        except (LinkLost, LinkRefused) as fault:
+            log.info("dial failed endpoint=%s why=%s", endpoint, fault)
+            self._host.perform(self._session.receive(Failed(str(fault)), now=self._clock()))
+            return
+        lost = LinkLost("stopped")
+        try:
+            self._host.perform(self._session.receive(Opened(), now=self._clock()))
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._route_to_edge(), name="cloud to bus")
+                tasks.create_task(self._route_to_cloud(), name="bus to cloud")
+                tasks.create_task(self._keep_alive(), name="keepalive")
+        except* LinkLost as group:
+            lost = next(fault for fault in _leaves(group) if isinstance(fault, LinkLost))
+        finally:
+            # Polite only where the link still works: goodbyes to a dead one cost a second.
+            await self._link.close(is_polite=self._hang_up is not None or lost.why == "stopped")
+            poisoned = self._outbox.lost(is_cut_by_cloud=lost.is_cut_by_cloud)
+        if poisoned is not None:
+            log.warning("refused a message: the cloud cut every link on which it came first reason=failed")
+            poisoned.refuse("failed")
+        log.info("link lost endpoint=%s why=%s", endpoint, lost.why)
+        self._host.perform(self._session.receive(Lost(lost.why), now=self._clock()))
+
+    # --- down ----------------------------------------------------------------------------------
+
+    async def _route_to_edge(self) -> NoReturn:
+        while True:
+            events = await self._link.receive()
+            now = self._clock()
+            self._liveness.progress(now=now)
+            for event in events:
+                if isinstance(event, Received):
+                    self._host.receive(event.payload)
+                elif isinstance(event, Passed):
+                    self._passed(event.barrier, now)
+                else:
+                    self._host.skipped(event.size_bytes)
+            if self._lanes.is_full:
+                # Not reading is what pushes back on the cloud; pongs wait behind its messages meanwhile.
+                self._is_reading_stopped = True
+                await self._lanes.wait_room()
+                self._is_reading_stopped = False
+
+    def _passed(self, barrier: int, now: float) -> None:
+        before = self._window.size_bytes
+        self._window.barrier_passed(now=now)
+        if self._window.size_bytes > before:
+            self._link.fit_send_buffer(self._window.size_bytes)
+        settled = self._outbox.passed(barrier)
+        for token in settled:
+            token.done()
+        if settled:
+            self._host.confirmed(len(settled))
+        self._work.set()
+
+    # --- up ------------------------------------------------------------------------------------
+
+    def send(self, messages: Iterable[Message]) -> None:
+        """Past the outbox, before everything that waits: keepalives and the greeting. A ping goes behind them."""
+        payloads = [cloud.encode_up(message, self._config.max_content_depth) for message in messages]
+        barrier = None
+        if not self._window.is_barrier_under_way:
+            barrier = self._outbox.barrier(is_probe=True)
+        self._write(payloads, barrier, self._clock())
+
+    async def _route_to_cloud(self) -> NoReturn:
+        while True:
+            await self._work.wait()
+            self._work.clear()
+            while self._session.is_open and self._write_batch():
+                if not self._link.is_writable:
+                    await self._link.wait_writable()
+                else:
+                    await asyncio.sleep(0)  # lets the reader take pongs, and senders add to the next batch
+            pause = self._pause_for_token()
+            if pause is not None:
+                await self._wait_work(pause)
+
+    def _write_batch(self) -> bool:
+        """Write what may go now, with a barrier behind it where none is under way. False: nothing went."""
+        outbox, window = self._outbox, self._window
+        now = self._clock()
+        payloads: list[bytes] = []
+        if outbox.has_signals or outbox.has_data:
+            room = window.room(outbox.unconfirmed_bytes)
+            if room > 0 or not outbox.unconfirmed:
+                entries = outbox.take(
+                    min(room, _BATCH_BYTES),
+                    max_messages=_BATCH_MESSAGES,
+                    max_data=self._bucket.available(now=now) if outbox.has_data else None,
+                )
+                if entries:
+                    payloads = [entry.payload for entry in entries]
+                    if self._bucket.is_limited:
+                        self._bucket.take(sum(1 for entry in entries if entry.kind is Class.DATA))
+                elif room < _BATCH_BYTES:
+                    window.filled()
+        barrier = None if window.is_barrier_under_way else outbox.barrier()
+        if not payloads and barrier is None:
+            return False
+        self._write(payloads, barrier, now)
+        return bool(payloads)
+
+    def _write(self, payloads: list[bytes], barrier: int | None, now: float) -> None:
+        self._link.write(payloads, barrier)
+        self._window.wrote(sum(map(len, payloads)), now=now)
+        if barrier is not None:
+            self._window.barrier_sent(now=now)
+            if not self._is_watching:
+                self._look.set()
+
+    def _pause_for_token(self) -> float | None:
+        """Seconds until messageQPS lets the next data message go; None when it is not what holds them."""
+        if not self._outbox.has_data or not self._session.is_open or self._bucket.available(now=self._clock()) != 0:
+            return None
+        due = self._bucket.next_at()
+        return None if due is None else max(due - self._clock(), 0.001)
+
+    async def _wait_work(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._work.wait()
+        except TimeoutError:
+            self._work.set()
+
+    # --- the clock -------------------------------------------------------------------------------
+
+    async def _keep_alive(self) -> NoReturn:
+        wanted_at: float | None = None
+        while True:
+            if self._hang_up is not None:
+                raise LinkLost(self._hang_up)
+            now = self._clock()
+            if wanted_at is not None and now > wanted_at + _LOOK_SECONDS:
+                # We were stopped or starved ourselves: what came meanwhile has not been read yet.
+                self._liveness.progress(now=now)
+            self._host.perform(self._session.expire(now=now))
+            due = self._session.next_deadline()
+            self._is_watching = self._window.is_barrier_under_way
+            dead_at = self._dead_at(now)
+            if dead_at is not None:
+                if now >= dead_at:
+                    raise LinkLost("CloudHub is silent: no pong, no data and no TCP acknowledgement")
+                due = min(now + _LOOK_SECONDS, dead_at, due or dead_at)
+            wanted_at = due
+            if self._hang_up is None:
+                await self._wait_look(None if due is None else max(due - self._clock(), 0.0))
+
+    def _dead_at(self, now: float) -> float | None:
+        if self._is_watching:
+            self._liveness.acknowledged(self._link.acknowledged_bytes(), now=now)
+        if self._is_reading_stopped:
+            self._liveness.progress(now=now)
+        return self._liveness.dead_at(
+            is_awaited=self._is_watching,
+            queued_bytes=self._outbox.unconfirmed_bytes,
+            rate=self._window.rate_bytes_per_second,
+            rtt_seconds=self._window.rtt_seconds,
+            now=now,
+        )
+
+    async def _wait_look(self, seconds: float | None) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._look.wait()
+        except TimeoutError:
+            pass
+        self._look.clear()
+
+
+def _leaves(group: BaseExceptionGroup[LinkLost]) -> Iterable[BaseException]:
+    for fault in group.exceptions:
+        if isinstance(fault, BaseExceptionGroup):
+            yield from _leaves(fault)
+        else:
+            yield fault

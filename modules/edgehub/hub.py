@@ -1,0 +1,504 @@
+"""EdgeHub: joins the bus and the link to CloudHub.
+
+Up: what a module sends to group `hub` is checked, deferred, put into the outbox, and settled once CloudHub has
+provably taken it over (or, for a request, once the answer came). Down: the message's group decides whose it is;
+CloudHub's ACK goes up once that module has handled it. docs/edgehub.md tells the whole story.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, Final
+
+from modules.edgehub import cloud
+from modules.edgehub.backoff import Backoff
+from modules.edgehub.config import EdgeHubConfig
+from modules.edgehub.connection import Connection, Settles
+from modules.edgehub.dispatch import Received, Seen, destination
+from modules.edgehub.lanes import Lanes
+from modules.edgehub.link import make_link
+from modules.edgehub.outbox import Class, Outbox, OutboxLimits
+from modules.edgehub.session import (
+    Action,
+    Announce,
+    Dial,
+    DialDue,
+    Drain,
+    Drained,
+    Finished,
+    Greet,
+    Hangup,
+    Keepalive,
+    LinkSession,
+    LinkState,
+    Proven,
+    StopWanted,
+)
+from modules.edgehub.sync_keeper import Late, Question, SyncKeeper
+from modules.edgehub.window import TokenBucket
+from runtime.emp import EXPIRED, INVALID, OVERFLOW, TOO_LARGE, Priority
+from runtime.errors import InvalidMessage, MalformedMessage, NotHandled, Refused
+from runtime.message import Deferral, Message, from_cloud_json
+from runtime.module import Module
+from runtime.names import Group
+
+log = logging.getLogger("modules.edgehub")
+
+LOCAL_GROUP: Final = "edgezmq"
+"Message group of questions to edgehub itself; never sent to the cloud."
+STATUS_RESOURCE: Final = "edgehub/link"
+STATUS_OPERATION: Final = "status"
+TOO_LARGE_FOR_LINK: Final = "too-large-for-link"
+"Refusal: the message alone would hold the link for more than half the keepalive limit."
+
+_WARN_SECONDS: Final = 10.0
+"A warning of one kind at most so often; the counters have the rest."
+_EXCERPT_BYTES: Final = 200
+
+
+class _Own:
+    """The token of edgehub's own messages: nobody waits for them."""
+
+    def done(self) -> None:
+        pass
+
+    def refuse(self, reason: str) -> None:
+        pass
+
+
+_OWN: Final = _Own()
+
+
+class _Asked:
+    """A module's request on its way up. The pong only tells that the cloud has it; the answer settles it."""
+
+    def __init__(self, request: Message, deferral: Deferral) -> None:
+        self.request = request
+        self.deferral = deferral
+        self.is_confirmed = False
+
+    def done(self) -> None:
+        self.is_confirmed = True
+
+    def refuse(self, reason: str) -> None:
+        self.deferral.refuse(reason)
+
+
+class EdgeHub(Module):
+    """The module `edgehub`, group `hub`."""
+
+    name = "edgehub"
+    groups = {"hub"}
+    handler_timeout = None  # a full outbox holds handlers for as long as the cloud is away
+    prefetch_messages = 16_384
+    prefetch_bytes = 16 * 2**20
+
+    def __init__(self, config: EdgeHubConfig, *, chance: random.Random | None = None) -> None:
+        super().__init__()
+        self._config = config
+        self._chance = chance or random.Random()
+        self._outbox: Outbox[Settles] = Outbox(OutboxLimits(config.memory_messages, config.memory_bytes))
+        self._bucket = TokenBucket(config.message_qps, config.message_burst)
+        self._keeper: SyncKeeper[_Asked] = SyncKeeper()
+        self._received = Received()
+        self._counts: Counter[str] = Counter()
+        self._connection: Connection | None = None
+        self._greeting_id = ""
+        self._dial: Dial | None = None
+        self._warned: dict[str, float] = {}
+        self._room_waiters: list[asyncio.Future[None]] = []
+        self._keeper_timer: asyncio.TimerHandle | None = None
+
+    # --- life ----------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """KubeEdge's initial: tell everybody that the cloud is not there yet, begin to dial."""
+        make_link(self._config)  # a wrong protocol is an error now, not at the first dial
+        self._loop = asyncio.get_running_loop()
+        self._wake = asyncio.Event()
+        self._drained = asyncio.Event()
+        self._announcements: asyncio.Queue[bool] = asyncio.Queue()
+        self._session = LinkSession(
+            self._config.endpoints,
+            Backoff(self._chance, cap_seconds=self._config.retry_cap_seconds),
+            heartbeat_seconds=self._config.heartbeat_seconds,
+            greeting_seconds=self._config.greeting_seconds,
+            stable_seconds=self._config.stable_seconds,
+            unproven_redial_seconds=self._config.unproven_redial_seconds,
+            now=self._loop.time(),
+        )
+        self._lanes = Lanes(
+            self.bus,
+            self.tasks,
+            self._settled_down,
+            max_messages=self._config.downstream_messages,
+            max_bytes=self._config.downstream_bytes,
+        )
+        self._announcer = self.tasks.create_task(self._pub_connect_info(), name="connection state")
+        self._runner = self.tasks.create_task(self._run(), name="link")
+
+    async def _run(self) -> None:
+        """Connection after connection, each joined before the next begins."""
+        session = self._session
+        self.perform(session.start())
+        while session.state is not LinkState.STOPPED:
+            self.perform(session.expire(now=self._loop.time()))
+            if self._dial is not None:
+                endpoint, self._dial = self._dial.endpoint, None
+                link = make_link(self._config)
+                self._connection = Connection(
+                    self._config, link, self, session, self._outbox, self._bucket, self._lanes
+                )
+                try:
+                    await self._connection.run(endpoint)
+                finally:
+                    self._connection = None
+                self._ask_again()
+                continue
+            await self._sleep_until(session.next_deadline())
+
+    async def _sleep_until(self, due: float | None) -> None:
+        try:
+            async with asyncio.timeout_at(due):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+        self._wake.clear()
+
+    def dial_now(self) -> None:
+        """Cut the pause before the next dial short."""
+        if self._session.state is LinkState.CLOSED:
+            self.perform(self._session.receive(DialDue(), now=self._loop.time()))
+            self._wake.set()
+
+    async def stop(self) -> None:
+        """Let the cloud confirm what it was given, say goodbye, end every task."""
+        self.perform(self._session.receive(StopWanted(), now=self._loop.time()))
+        if self._session.state is LinkState.DRAINING:
+            self._check_drained()
+            try:
+                async with asyncio.timeout(self._config.drain_seconds):
+                    await self._drained.wait()
+            except TimeoutError:
+                log.info("stopped with messages unconfirmed count=%d", self._outbox.held_messages)
+            if self._session.state is LinkState.DRAINING:
+                self.perform(self._session.receive(Drained(), now=self._loop.time()))
+        if self._keeper_timer is not None:
+            self._keeper_timer.cancel()
+        self._wake.set()
+        self._runner.cancel()
+        await asyncio.wait([self._runner])
+        self._announcer.cancel()
+        self._lanes.stop()
+
+    # --- what the session wants --------------------------------------------------------------------
+
+    def perform(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            match action:
+                case Dial():
+                    self._dial = action
+                case Greet():
+                    self._init()
+                case Keepalive():
+                    if self._connection is not None:
+                        self._connection.send([cloud.keepalive()])
+                        self._counts["keepalives"] += 1
+                case Announce(is_connected):
+                    self._announce(is_connected)
+                case Hangup(why):
+                    if self._connection is not None:
+                        self._connection.hang_up(why)
+                case Drain() | Finished():
+                    pass  # `stop` waits for the one and brings about the other
+
+    def _init(self) -> None:
+        """The first words on a new link."""
+        greeting = cloud.greeting()
+        self._greeting_id = greeting.id
+        self._counts["connects"] += 1
+        if self._connection is not None:
+            self._connection.send([cloud.keepalive(), greeting])
+
+    def _announce(self, is_connected: bool) -> None:
+        self._announcements.put_nowait(is_connected)
+        if is_connected:
+            level = logging.WARNING if self._session.state is LinkState.UNPROVEN else logging.INFO
+            log.log(level, "link up state=%s why=%s", self._session.state.value, self._session.why)
+            if self._connection is not None:
+                self._connection.wake()
+
+    async def _pub_connect_info(self) -> None:
+        """KubeEdge's pubConnectInfo(true/false): retained, so that late and restarted modules know it too."""
+        while True:
+            is_connected = await self._announcements.get()
+            for group in cloud.CONNECTION_GROUPS:
+                event = cloud.connection_event(group, is_connected=is_connected)
+                await self.bus.retain(Group(group), cloud.CONNECTION_RESOURCE, event, priority=Priority.SIGNAL)
+
+    # --- up: routeToCloud ------------------------------------------------------------------------------
+
+    async def handle(self, message: Message) -> None:
+        """Take a module's message for the cloud, or refuse it saying why. Waits while the outbox is full."""
+        if message.group == LOCAL_GROUP:
+            await self._answer_locally(message)
+            return
+        delivery = message.delivery
+        try:
+            payload = cloud.encode_up(message, self._config.max_content_depth)
+        except InvalidMessage as fault:
+            self._refuse_up(message, INVALID, str(fault))
+        size = len(payload)
+        if size > self._config.max_upload_bytes:
+            self._refuse_up(message, TOO_LARGE, f"{size} bytes, the limit is {self._config.max_upload_bytes}")
+        connection = self._connection
+        if connection is not None:
+            limit = self._config.keepalive_limit_seconds / 2
+            if connection.window.is_too_slow_for(size, limit):
+                self._refuse_up(message, TOO_LARGE_FOR_LINK, f"{size} bytes would hold the link for over {limit:g} s")
+        kind = Class.SIGNAL if cloud.is_signal(message, delivery.priority) else Class.DATA
+        outbox = self._outbox
+        while not outbox.has_room(kind, size):
+            await self._wait_room()
+        if delivery.expects_reply:
+            self._ask(message, payload, kind, delivery.ttl_ms)
+        else:
+            outbox.put(payload, message.defer(), kind)
+        if self._connection is not None:
+            self._connection.wake()
+
+    def _refuse_up(self, message: Message, reason: str, text: str) -> None:
+        self._counts["refused_up"] += 1
+        self._warn(reason, "refused sender=%s id=%s reason=%s: %s", message.delivery.sender, message.id, reason, text)
+        raise Refused(reason)
+
+    async def _wait_room(self) -> None:
+        waiter = self._loop.create_future()
+        self._room_waiters.append(waiter)
+        await waiter
+
+    def confirmed(self, count: int) -> None:
+        self._counts["confirmed"] += count
+        if self._room_waiters:
+            waiters, self._room_waiters = self._room_waiters, []
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+        self._check_drained()
+
+    def _check_drained(self) -> None:
+        if self._session.state is LinkState.DRAINING and self._outbox.held_messages == 0:
+            self._drained.set()
+
+    # --- requests: syncKeeper ----------------------------------------------------------------------------
+
+    def _ask(self, message: Message, payload: bytes, kind: Class, ttl_ms: int | None) -> None:
+        seconds = self._config.request_seconds
+        if ttl_ms is not None:
+            seconds = min(seconds, ttl_ms / 1000)
+        asked = _Asked(message, message.defer())
+        # Registered before it is written: no answer can be too fast.
+        is_registered = self._keeper.register(
+            message.id, asked, payload, operation=message.operation, seconds=seconds, now=self._loop.time()
+        )
+        if not is_registered:
+            asked.refuse(OVERFLOW)
+            return
+        self._counts["requests"] += 1
+        self._outbox.put(payload, asked, kind)
+        self._arm_keeper()
+
+    def _arm_keeper(self) -> None:
+        if self._keeper_timer is not None:
+            self._keeper_timer.cancel()
+        due = self._keeper.next_deadline()
+        self._keeper_timer = None if due is None else self._loop.call_at(due, self._expire_requests)
+
+    def _expire_requests(self) -> None:
+        for question in self._keeper.expire(now=self._loop.time()):
+            self._counts["requests_expired"] += 1
+            question.token.refuse(EXPIRED)
+        self._arm_keeper()
+
+    def _ask_again(self) -> None:
+        """After a link loss: a query that the cloud had got may have lost its answer with the link."""
+        for question in self._keeper.to_ask_again():
+            if question.token.is_confirmed:
+                question.token.is_confirmed = False
+                self._outbox.put(question.payload, question.token, Class.SIGNAL)
+
+    async def _give_answer(self, question: Question[_Asked], answer: Message) -> None:
+        """The cloud's answer goes to the module that asked; then the cloud gets its ACK."""
+        try:
+            receipt = await self.bus.respond(question.token.request, answer)
+            question.token.deferral.done()
+            await receipt
+        except NotHandled:
+            self._counts["answers_late"] += 1  # whoever asked is gone: as good as late
+        self._finish_down(answer)
+
+    # --- down: routeToEdge ---------------------------------------------------------------------------------
+
+    def receive(self, payload: bytes) -> None:
+        self._prove()
+        try:
+            message = from_cloud_json(payload)
+        except MalformedMessage as fault:
+            self._counts["invalid_down"] += 1
+            self._warn("invalid", "no message came from the cloud: %s: %r", fault, payload[:_EXCERPT_BYTES])
+            return
+        self._counts["received"] += 1
+        if message.parent_id == self._greeting_id:
+            return
+        if cloud.wants_ack(message):
+            seen = self._received.receive(message.id)
+            if seen is not Seen.NEW:
+                self._counts["deduped"] += 1
+                if seen is Seen.DONE:
+                    self._acknowledge(message)
+                return
+        if message.parent_id:
+            question = self._keeper.answer(message.parent_id)
+            if isinstance(question, Question):
+                self.tasks.create_task(self._give_answer(question, message), name="answer")
+                return
+            if isinstance(question, Late):
+                self._counts["answers_late"] += 1
+                self._finish_down(message)
+                return
+        owner = destination(message)
+        if owner is None:
+            # CloudHub waits only for ACKs of group `resource`, which has an owner: nothing to acknowledge here.
+            self._counts["unknown_group"] += 1
+            self._warn(
+                "unknown group",
+                "no module is known for a message of the cloud group=%s source=%s operation=%s resource=%s",
+                message.group,
+                message.source,
+                message.operation,
+                message.resource,
+            )
+            return
+        self._lanes.put(owner, message, len(payload))
+
+    def _prove(self) -> None:
+        """Anything from the cloud proves that the link has a session."""
+        if self._session.state in (LinkState.GREETING, LinkState.UNPROVEN):
+            was_unproven = self._session.state is LinkState.UNPROVEN
+            self.perform(self._session.receive(Proven(), now=self._loop.time()))
+            if was_unproven:
+                log.info("link proven why=%s", self._session.why)
+
+    def skipped(self, size_bytes: int) -> None:
+        self._counts["skipped_down"] += 1
+        self._prove()
+        self._warn(
+            "skipped",
+            "passed over a message of the cloud size_bytes=%d max_bytes=%d",
+            size_bytes,
+            self._config.max_frame_bytes,
+        )
+
+    def _settled_down(self, message: Message, refusal: str | None) -> None:
+        if refusal is None:
+            self._counts["delivered"] += 1
+            self._finish_down(message)
+            return
+        self._counts["refused_down"] += 1
+        self._received.refused(message.id)
+        self._warn(
+            "refused down",
+            "a message of the cloud was not handled, no ACK goes up reason=%s group=%s resource=%s id=%s",
+            refusal,
+            message.group,
+            message.resource,
+            message.id,
+        )
+
+    def _finish_down(self, message: Message) -> None:
+        if cloud.wants_ack(message):
+            self._received.handled(message.id)
+            self._acknowledge(message)
+
+    def _acknowledge(self, message: Message) -> None:
+        payload = cloud.encode_up(cloud.ack(message), self._config.max_content_depth)
+        self._outbox.put(payload, _OWN, Class.SIGNAL)
+        self._counts["acks"] += 1
+        if self._connection is not None:
+            self._connection.wake()
+
+    # --- what others may know ------------------------------------------------------------------------------
+
+    async def _answer_locally(self, message: Message) -> None:
+        if message.operation != STATUS_OPERATION or message.resource != STATUS_RESOURCE:
+            self._refuse_up(message, INVALID, f"{message.operation} {message.resource}: edgehub answers only status")
+        await self.bus.respond(message, message.response(self.link_status()))
+
+    def link_status(self) -> dict[str, Any]:
+        """The link in words, for the CLI: JSON values only."""
+        session, now = self._session, self._loop.time()
+        window = self._connection.window if self._connection is not None else None
+        is_limited = self._bucket.is_limited and self._outbox.has_data and self._bucket.available(now=now) == 0
+        return {
+            "state": session.state.value,
+            "why": session.why,
+            "endpoint": str(session.endpoint),
+            "protocol": self._config.protocol,
+            "since": time.time() - (now - session.since),
+            "unproven": session.state is LinkState.UNPROVEN,
+            "next_dial_seconds": None if session.dial_at is None else round(max(0.0, session.dial_at - now), 1),
+            "bottleneck": "messageQPS" if is_limited else None,
+            "message_qps": self._config.message_qps,
+            "unconfirmed": self._outbox.unconfirmed,
+            "waiting": self._outbox.waiting(Class.SIGNAL) + self._outbox.waiting(Class.DATA),
+            "rtt_ms": None if window is None or window.rtt_seconds is None else round(window.rtt_seconds * 1000, 3),
+            "window_bytes": None if window is None else window.size_bytes,
+        }
+
+    def counters(self) -> dict[str, int]:
+        """Whole numbers for status and metrics; `link_state` is the index of its state in LinkState."""
+        window = self._connection.window if self._connection is not None else None
+        counts = {name: self._counts[name] for name in _COUNTERS}
+        counts["link_state"] = list(LinkState).index(self._session.state)
+        counts["link_up"] = int(self._session.is_open)
+        counts["link_served"] = int(self._session.state is LinkState.SERVED)
+        counts["unconfirmed"] = self._outbox.unconfirmed
+        counts["waiting_signals"] = self._outbox.waiting(Class.SIGNAL)
+        counts["waiting_data"] = self._outbox.waiting(Class.DATA)
+        counts["held_bytes"] = self._outbox.held_bytes
+        counts["requests_open"] = len(self._keeper)
+        counts["downstream_held"] = self._lanes.held_messages
+        counts["rtt_us"] = int((window.rtt_seconds or 0.0) * 1e6) if window is not None else 0
+        counts["window_bytes"] = window.size_bytes if window is not None else 0
+        counts["rate_bytes_per_second"] = int(window.rate_bytes_per_second or 0) if window is not None else 0
+        return counts
+
+    def _warn(self, kind: str, text: str, *facts: object) -> None:
+        now = self._loop.time()
+        if now - self._warned.get(kind, float("-inf")) >= _WARN_SECONDS:
+            self._warned[kind] = now
+            log.warning(text, *facts)
+
+
+_COUNTERS: Final = (
+    "connects",
+    "keepalives",
+    "confirmed",
+    "refused_up",
+    "requests",
+    "requests_expired",
+    "answers_late",
+    "received",
+    "delivered",
+    "refused_down",
+    "acks",
+    "deduped",
+    "invalid_down",
+    "skipped_down",
+    "unknown_group",
+)
