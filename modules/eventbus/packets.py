@@ -79,8 +79,10 @@ class PacketReader:
             if shift >= 7 * _MAX_LENGTH_BYTES:
                 raise MalformedPacket("remaining length of more than four bytes")
         first, end = buffer[start], body + length
+        if length > self._limit:
+            return self._too_long(first, body, length)
         if end > len(buffer):
-            return self._too_long(first, body, length) if length > self._limit else None
+            return None
         self._position = end
         if first & 0xF0 != _PUBLISH:
             return bytes(buffer[start:end])
@@ -134,9 +136,8 @@ class PacketReader:
         if len(self._buffer) - body < min(length, _HEAD_BYTES):
             return None
         mid, topic, _ = self._head(first, body, min(body + length, len(self._buffer)))
-        self._to_skip = body + length - len(self._buffer)
-        self._buffer.clear()
-        self._position = 0
+        self._position = min(body + length, len(self._buffer))
+        self._to_skip = body + length - self._position
         return InPublish(mid, first >> 1 & 3, bool(first & 8), _text(topic), None, length)
 
 

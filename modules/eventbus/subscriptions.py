@@ -125,6 +125,7 @@ class Subscriptions:
     def unwant(self, topic_filter: str) -> bool:
         """The cloud does not want it any more. True: the intent changed, store it before `asks` is called."""
         for link in self._links.values():
+            link.unsubscribed.discard(topic_filter)
             link.not_before.pop(topic_filter, None)
         changed = topic_filter in self._wanted or topic_filter not in self._unwanted
         self._wanted.pop(topic_filter, None)
