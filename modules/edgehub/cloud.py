@@ -14,7 +14,7 @@ import msgspec
 from modules.edgehub.config import EdgeHubConfig, Endpoint
 from runtime.emp import Priority
 from runtime.errors import InvalidMessage
-from runtime.message import JSON, OPERATION_ERROR, OPERATION_RESPONSE, Message, to_cloud_json
+from runtime.message import JSON, OPERATION_ERROR, OPERATION_RESPONSE, TEXT, Message, to_cloud_json
 
 OPERATION_KEEPALIVE: Final = "keepalive"
 OPERATION_QUERY: Final = "query"
@@ -55,6 +55,15 @@ def keepalive() -> Message:
 def greeting() -> Message:
     """A query that CloudHub itself answers where the link has a session, and nobody where it has none."""
     return Message.build(source="metamanager", group="meta", resource=CA_RESOURCE, operation=OPERATION_QUERY)
+
+
+def proves_session(message: Message) -> bool:
+    """Whether a message from the cloud shows that the link has a session.
+
+    All do but one kind: operations `ping`, `pong` and `config` are answered with `ack` by CloudHub's connection
+    layer, on a rejected connection too.
+    """
+    return not (message.operation == OPERATION_RESPONSE and message.kind == TEXT and message.content == b"ack")
 
 
 def connection_event(group: str, *, is_connected: bool) -> Message:

@@ -345,7 +345,6 @@ class EdgeHub(Module):
     # --- down: routeToEdge ---------------------------------------------------------------------------------
 
     def receive(self, payload: bytes) -> None:
-        self._prove()
         try:
             message = from_cloud_json(payload)
         except MalformedMessage as fault:
@@ -353,6 +352,8 @@ class EdgeHub(Module):
             self._warn("invalid", "no message came from the cloud: %s: %r", fault, payload[:_EXCERPT_BYTES])
             return
         self._counts["received"] += 1
+        if cloud.proves_session(message):
+            self._prove()
         if message.parent_id == self._greeting_id:
             return
         if cloud.wants_ack(message):
@@ -387,7 +388,7 @@ class EdgeHub(Module):
         self._lanes.put(owner, message, len(payload))
 
     def _prove(self) -> None:
-        """Anything from the cloud proves that the link has a session."""
+        """The link has a session: something came over it that no rejected connection gets."""
         if self._session.state in (LinkState.GREETING, LinkState.UNPROVEN):
             was_unproven = self._session.state is LinkState.UNPROVEN
             self.perform(self._session.receive(Proven(), now=self._loop.time()))

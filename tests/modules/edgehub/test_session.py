@@ -1,0 +1,279 @@
+"""The link's life as lists of facts: events in, actions out, time as an argument."""
+
+import random
+
+import pytest
+
+from modules.edgehub.backoff import Backoff
+from modules.edgehub.config import Endpoint
+from modules.edgehub.session import (
+    UNANSWERED_DIALS,
+    Action,
+    Announce,
+    Dial,
+    DialDue,
+    Drain,
+    Drained,
+    Failed,
+    Finished,
+    Greet,
+    Hangup,
+    IllegalMove,
+    Keepalive,
+    LinkSession,
+    LinkState,
+    Lost,
+    Opened,
+    Proven,
+    StopWanted,
+)
+
+ONE, TWO = Endpoint("one", 10000), Endpoint("two", 10000)
+
+
+def session(*endpoints: Endpoint, redial: float = 600.0) -> LinkSession:
+    return LinkSession(
+        endpoints or (ONE,),
+        Backoff(random.Random(3), cap_seconds=60.0),
+        heartbeat_seconds=15.0,
+        greeting_seconds=5.0,
+        stable_seconds=10.0,
+        unproven_redial_seconds=redial,
+        now=0.0,
+    )
+
+
+def dial(link: LinkSession) -> tuple[list[Action], float]:
+    """Let the pause pass; the actions then, and when it was."""
+    now = link.next_deadline()
+    assert now is not None
+    return link.expire(now=now), now
+
+
+def open_(link: LinkSession) -> float:
+    """Dial and open; when."""
+    actions, now = dial(link)
+    assert isinstance(actions[0], Dial)
+    assert link.receive(Opened(), now=now) == [Greet()]
+    return now
+
+
+def serve(link: LinkSession) -> float:
+    now = open_(link)
+    link.receive(Proven(), now=now)
+    return now
+
+
+def go_unproven(link: LinkSession) -> float:
+    now = 0.0
+    for _ in range(UNANSWERED_DIALS - 1):
+        now = open_(link) + 5.0
+        assert link.expire(now=now) == [Hangup("greeting unanswered")]
+        link.receive(Lost("greeting unanswered"), now=now)
+    now = open_(link) + 5.0
+    assert link.expire(now=now) == [Announce(True)]
+    return now
+
+
+def test_at_the_start_everybody_hears_that_the_cloud_is_not_there() -> None:
+    assert session().start() == [Announce(False)]
+
+
+def test_the_way_to_a_served_link() -> None:
+    link = session()
+    link.start()
+    assert link.expire(now=0.0) == [Dial(ONE)]
+    assert link.state is LinkState.DIALLING
+    assert link.receive(Opened(), now=0.1) == [Greet()]
+    assert not link.is_open, "uploads wait for the greeting"
+    assert link.receive(Proven(), now=0.2) == [Announce(True)]
+    assert link.state is LinkState.SERVED
+    assert link.is_open
+    assert link.receive(Proven(), now=0.3) == [], "said once"
+    assert link.since == 0.2
+
+
+def test_a_keepalive_each_heartbeat_from_the_opening_on() -> None:
+    link = session()
+    now = serve(link)
+    assert link.next_deadline() == now + 15.0
+    assert link.expire(now=now + 14.9) == []
+    assert link.expire(now=now + 15.0) == [Keepalive()]
+    assert link.expire(now=now + 29.9) == []
+    assert link.expire(now=now + 30.0) == [Keepalive()]
+
+
+def test_a_failed_dial_is_tried_again_within_a_second() -> None:
+    link = session()
+    link.start()
+    dial(link)
+    assert link.receive(Failed("connection refused"), now=1.0) == []
+    assert link.state is LinkState.CLOSED
+    assert link.why == "connection refused"
+    assert link.dial_at is not None
+    assert 1.0 < link.dial_at <= 2.0
+
+
+def test_pauses_grow_while_dials_fail_and_never_beyond_the_cap() -> None:
+    link = session()
+    pauses = []
+    for _ in range(30):
+        _, now = dial(link)
+        link.receive(Failed("no"), now=now)
+        assert link.dial_at is not None
+        pauses.append(link.dial_at - now)
+    assert max(pauses[:2]) <= 2.0
+    assert max(pauses) <= 60.0
+    assert max(pauses) > 30.0
+
+
+def test_the_next_endpoint_comes_after_a_failure_and_the_pause_grows_per_round() -> None:
+    link = session(ONE, TWO)
+    dialled = []
+    for _ in range(4):
+        (action,), now = dial(link)
+        assert isinstance(action, Dial)
+        dialled.append(action.endpoint)
+        link.receive(Failed("no"), now=now)
+        assert link.dial_at is not None
+        assert link.dial_at - now <= 2.0
+    assert dialled == [ONE, TWO, ONE, TWO]
+
+
+def test_after_a_stable_link_the_first_endpoint_is_first_again() -> None:
+    link = session(ONE, TWO)
+    _, now = dial(link)
+    link.receive(Failed("no"), now=now)
+    now = serve(link)
+    assert link.endpoint == TWO
+    link.receive(Lost("gone"), now=now + 10.0)
+    assert dial(link)[0] == [Dial(ONE)]
+
+
+def test_a_stable_link_resets_the_pauses() -> None:
+    link = session()
+    for _ in range(20):
+        _, now = dial(link)
+        link.receive(Failed("no"), now=now)
+    now = serve(link) + 10.0
+    link.receive(Lost("gone"), now=now)
+    assert link.dial_at is not None
+    assert link.dial_at - now <= 1.0
+
+
+def test_a_link_that_is_lost_at_once_does_not_reset_them() -> None:
+    link = session()
+    pauses = []
+    for _ in range(30):
+        now = serve(link) + 0.1
+        link.receive(Lost("replaced"), now=now)
+        assert link.dial_at is not None
+        pauses.append(link.dial_at - now)
+    assert max(pauses) > 30.0
+
+
+def test_a_loss_is_announced_once() -> None:
+    link = session()
+    now = serve(link)
+    assert link.receive(Lost("EOF"), now=now + 1) == [Announce(False)]
+    _, now = dial(link)
+    assert link.receive(Failed("no"), now=now) == []
+
+
+def test_an_unanswered_greeting_closes_and_tries_the_next_endpoint() -> None:
+    link = session(ONE, TWO)
+    now = open_(link) + 5.0
+    assert link.expire(now=now) == [Hangup("greeting unanswered")]
+    assert link.receive(Lost("greeting unanswered"), now=now) == [Announce(False)]
+    assert "did not answer the greeting" in link.why
+    assert dial(link)[0] == [Dial(TWO)]
+
+
+def test_after_three_unanswered_greetings_the_link_stays_unproven() -> None:
+    link = session()
+    now = go_unproven(link)
+    assert link.state is LinkState.UNPROVEN
+    assert link.is_open, "uploads go to an old CloudHub all the same"
+    assert "answered none of 3 greetings" in link.why
+    assert link.expire(now=now + 10.0) == [Keepalive()]
+
+
+def test_anything_from_the_cloud_proves_an_unproven_link() -> None:
+    link = session()
+    now = go_unproven(link)
+    assert link.receive(Proven(), now=now + 1) == [], "it was announced as connected already"
+    assert link.state is LinkState.SERVED
+
+
+def test_a_served_link_begins_the_count_of_greetings_anew() -> None:
+    link = session()
+    now = open_(link) + 5.0
+    link.expire(now=now)
+    link.receive(Lost("greeting unanswered"), now=now)
+    now = serve(link)
+    link.receive(Lost("EOF"), now=now)
+    now = open_(link) + 5.0
+    assert link.expire(now=now) == [Hangup("greeting unanswered")]
+
+
+def test_an_unproven_link_is_dialled_anew_after_a_while_unless_told_not_to() -> None:
+    link = session()
+    now = go_unproven(link)
+    assert Hangup("unproven link, trying a new one") in link.expire(now=now + 600.0)
+    patient = session(redial=0.0)
+    now = go_unproven(patient)
+    assert patient.expire(now=now + 1e6) == [Keepalive()]
+
+
+def test_a_proof_that_comes_after_the_hangup_does_no_harm() -> None:
+    link = session()
+    now = open_(link) + 5.0
+    link.expire(now=now)
+    assert link.receive(Proven(), now=now) == [Announce(True)]
+    assert link.receive(Lost("greeting unanswered"), now=now) == [Announce(False)]
+
+
+def test_stopping_an_open_link_drains_it_first_and_keeps_it_alive() -> None:
+    link = session()
+    now = serve(link)
+    assert link.receive(StopWanted(), now=now) == [Drain()]
+    assert link.state is LinkState.DRAINING
+    assert link.is_open
+    assert link.expire(now=now + 15.0) == [Keepalive()]
+    assert link.receive(Drained(), now=now + 16) == [Announce(False), Hangup("stopped"), Finished()]
+    assert link.receive(Lost("closed"), now=now + 17) == []
+
+
+def test_a_link_lost_while_draining_ends_it() -> None:
+    link = session()
+    now = serve(link)
+    link.receive(StopWanted(), now=now)
+    assert link.receive(Lost("EOF"), now=now) == [Announce(False), Finished()]
+    assert link.next_deadline() is None
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_stopping_without_a_link_is_done_at_once(begun: bool) -> None:
+    link = session()
+    link.start()
+    if begun:
+        link.expire(now=0.0)
+    actions = link.receive(StopWanted(), now=1.0)
+    assert actions[-1] == Finished()
+    assert (Hangup("stopped") in actions) == begun
+    assert link.state is LinkState.STOPPED
+    assert link.next_deadline() is None
+    assert link.receive(Opened(), now=2.0) == [], "what was under way ends quietly"
+
+
+def test_the_pause_can_be_cut_short() -> None:
+    link = session()
+    _, now = dial(link)
+    link.receive(Failed("no"), now=now)
+    assert link.receive(DialDue(), now=now) == [Dial(ONE)]
+
+
+@pytest.mark.parametrize("event", [Opened(), Lost("x"), Proven(), Failed("x"), Drained()])
+def test_what_cannot_happen_in_a_state_is_an_error(event: Opened) -> None:
+    with pytest.raises(IllegalMove, match=r"in state closed"):
+        session().receive(event, now=0.0)

@@ -1,0 +1,119 @@
+"""The byte window and the token bucket, on links that are arithmetic."""
+
+import pytest
+
+from modules.edgehub.window import FLOOR_BYTES, START_BYTES, TARGET_SECONDS, ByteWindow, TokenBucket
+
+
+def push(window: ByteWindow, *, rate: float, rtt: float, rounds: int, message: int = 500) -> float:
+    """Keep a link of `rate` bytes/s and `rtt` full for some barriers; returns the last barrier's seconds."""
+    now, unconfirmed, seconds = 100.0, 0, 0.0
+    window.wrote(10, now=now)
+    window.barrier_sent(now=now)
+    now += rtt
+    window.barrier_passed(now=now)  # the greeting: an empty link's round trip
+    for _ in range(rounds):
+        written = 0
+        while window.room(unconfirmed + written) > 0:
+            written += message
+        window.wrote(written, now=now)
+        window.barrier_sent(now=now)
+        seconds = rtt + written / rate
+        now += seconds
+        window.barrier_passed(now=now)
+    return seconds
+
+
+def test_it_begins_small() -> None:
+    window = ByteWindow(8 * 2**20)
+    assert window.size_bytes == window.room(0) == START_BYTES
+    assert window.room(START_BYTES) == 0
+
+
+@pytest.mark.parametrize("rtt", [0.0003, 0.02, 0.6])
+@pytest.mark.parametrize("rate", [10_000, 100_000, 1_000_000])
+def test_on_a_slow_link_about_a_quarter_of_a_second_is_queued(rate: float, rtt: float) -> None:
+    window = ByteWindow(8 * 2**20)
+    push(window, rate=rate, rtt=rtt, rounds=60)
+    queued = window.size_bytes / rate
+    assert TARGET_SECONDS / 5 <= queued <= 2 * TARGET_SECONDS
+
+
+def test_on_a_fast_link_it_grows_to_its_limit() -> None:
+    window = ByteWindow(8 * 2**20)
+    push(window, rate=1e9, rtt=0.05, rounds=12)
+    assert window.size_bytes == 8 * 2**20
+
+
+def test_it_does_not_grow_while_it_is_not_what_holds_the_sender_up() -> None:
+    window = ByteWindow(8 * 2**20)
+    for now in range(50):
+        window.wrote(100, now=now)
+        window.barrier_sent(now=now)
+        window.barrier_passed(now=now + 0.001)
+    assert window.size_bytes == START_BYTES
+
+
+def test_a_link_that_turns_slow_shrinks_it_within_a_few_barriers() -> None:
+    window = ByteWindow(8 * 2**20)
+    push(window, rate=1e8, rtt=0.01, rounds=12)
+    push(window, rate=20_000, rtt=0.01, rounds=12)
+    assert FLOOR_BYTES <= window.size_bytes <= 20_000
+
+
+def test_the_rate_is_measured_in_bytes_per_second() -> None:
+    window = ByteWindow(8 * 2**20)
+    push(window, rate=200_000, rtt=0.05, rounds=30)
+    assert window.rate_bytes_per_second == pytest.approx(200_000, rel=0.2)
+    assert window.is_too_slow_for(4_000_000, 15.0)
+    assert not window.is_too_slow_for(2_000_000, 15.0)
+
+
+def test_nothing_is_too_large_for_a_link_that_was_never_measured() -> None:
+    assert not ByteWindow(8 * 2**20).is_too_slow_for(10**9, 15.0)
+
+
+def test_an_idle_ping_follows_a_path_that_became_longer() -> None:
+    window = ByteWindow(8 * 2**20)
+    for rtt in [0.01] + [0.4] * 30:
+        window.barrier_sent(now=0.0)
+        window.barrier_passed(now=rtt)
+    push(window, rate=1e9, rtt=0.4, rounds=12)
+    assert window.size_bytes == 8 * 2**20
+
+
+def test_a_pong_that_nobody_waits_for_changes_nothing() -> None:
+    window = ByteWindow(8 * 2**20)
+    window.barrier_passed(now=5.0)
+    assert window.rtt_seconds is None
+
+
+def test_the_bucket_gives_a_burst_and_then_the_rate() -> None:
+    bucket = TokenBucket(30, 60)
+    assert bucket.available(now=0.0) == 60
+    bucket.take(60)
+    assert bucket.available(now=0.0) == 0
+    assert bucket.next_at() == pytest.approx(1 / 30)
+    assert bucket.available(now=1 / 30) == 1
+    assert bucket.available(now=1.0) == 30
+    assert bucket.available(now=1000.0) == 60
+
+
+def test_a_burst_of_zero_is_the_rate_and_a_rate_of_zero_is_no_limit() -> None:
+    assert TokenBucket(30, 0).available(now=0.0) == 30
+    assert TokenBucket(0.5, 0).available(now=0.0) == 1
+    unlimited = TokenBucket(0, 60)
+    assert unlimited.available(now=0.0) is None
+    assert unlimited.next_at() is None
+    unlimited.take(10**6)
+    assert unlimited.available(now=0.0) is None
+
+
+def test_waiting_until_next_at_always_gives_a_token() -> None:
+    bucket, now = TokenBucket(7, 1), 0.0
+    bucket.available(now=now)
+    bucket.take(1)
+    for _ in range(1000):
+        now = bucket.next_at() or 0.0
+        assert bucket.available(now=now) == 1
+        bucket.take(1)
