@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Final
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 _CENTURY: Final = datetime.timedelta(days=36500)
 _YEAR: Final = datetime.timedelta(days=365)
+_OWN_NAMES: Final = frozenset({"ca", "server"})
 _SKEW: Final = datetime.timedelta(minutes=5)
 "Certificates begin a little in the past: containers and hosts disagree about now."
 
@@ -61,7 +63,7 @@ class Authority:
         """The hub's certificate with `hosts` as its names and addresses, made anew when they changed."""
         pair = self.pair("server")
         names = [_general_name(host) for host in dict.fromkeys(hosts)]
-        if pair.exists and self._has_names(pair, names):
+        if pair.exists and self._is_ours(pair) and self._has_names(pair, names):
             return pair
         self._issue(
             pair,
@@ -87,8 +89,10 @@ class Authority:
         The other arguments make certificates that are wrong on purpose: another common name, another
         time, serverAuth in place of clientAuth.
         """
+        if (file_name or node) in _OWN_NAMES:
+            raise ValueError(f"a node cannot be called {node!r}: that is one of the cloud's own files")
         pair = self.pair(file_name or node)
-        if not pair.exists:
+        if not pair.exists or not self._is_ours(pair):
             self._issue(
                 pair,
                 subject=[
@@ -168,6 +172,15 @@ class Authority:
         if names:
             builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
         _write_pair(pair, builder.sign(self._key, hashes.SHA256()), key)
+
+    def _is_ours(self, pair: Pair) -> bool:
+        """Whether the certificate was issued by the present CA."""
+        certificate = x509.load_pem_x509_certificate(pair.certificate.read_bytes())
+        try:
+            certificate.verify_directly_issued_by(self._certificate)
+        except (ValueError, TypeError, InvalidSignature):
+            return False
+        return True
 
     @staticmethod
     def _has_names(pair: Pair, names: Sequence[x509.GeneralName]) -> bool:

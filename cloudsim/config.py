@@ -41,9 +41,11 @@ class SimConfig:
     "Of the hub's chances; None: a random one."
     max_message_bytes: int = 128 * 2**20
     "A larger message from a node ends its connection. CloudHub has no limit; 64 MiB was measured to pass."
-    max_events: int = 200_000
-    max_event_bytes: int = 128 * 2**20
-    max_ids: int = 2_000_000
+    max_events: int = 50_000
+    "Held for the event stream; the oldest are let go and counted."
+    max_event_bytes: int = 96 * 2**20
+    "Of payload. One event is held however large it is."
+    max_ids: int = 500_000
     "Message ids remembered to tell the repeated from the new."
     receive_buffer_bytes: int | None = None
     "SO_RCVBUF of node connections; a throttled line wants a small one. None: the kernel's own."

@@ -17,11 +17,11 @@ import msgspec
 
 from cloudsim.queues import AckQueue, PlainQueue
 from cloudsim.rules import (
+    UNPREFIXED_MODULE,
     Effect,
     HubVersion,
     ack_fault,
     is_admitted,
-    is_prefixed,
     needs_ack,
     object_key,
     route_upstream,
@@ -74,10 +74,11 @@ class Drop(msgspec.Struct, frozen=True, gc=False):
     reason: str
 
 
-class Ignore(msgspec.Struct, frozen=True, gc=False):
-    """Read nothing from a connection: it is not of use `msg`."""
+class Read(msgspec.Struct, frozen=True, gc=False):
+    """Read from a connection from now on, or leave what it sends in the socket."""
 
     connection: int
+    wanted: bool
 
 
 class Forward(msgspec.Struct, frozen=True, gc=False):
@@ -96,7 +97,7 @@ class Note(msgspec.Struct, frozen=True, gc=False):
     facts: dict[str, Any]
 
 
-Action = Send | Drop | Ignore | Forward | Note
+Action = Send | Drop | Read | Forward | Note
 
 
 class Verdict(msgspec.Struct, frozen=True, gc=False):
@@ -185,12 +186,12 @@ class Hub:
             return self.connect_rejected(number, peer, reason, now=now)
         connection = _Connection(number, peer, _State.SERVED, "", now)
         self._connections[number] = connection
-        actions: list[Action] = [] if peer.use == "msg" else [Ignore(number)]
+        actions = self._reading(connection)
         old = self._sessions.get(peer.node)
         if old is not None and self.rules.version is HubVersion.TREE_2019:
             connection.state = _State.WAITING
             connection.takeover_deadline = now + TAKEOVER_SECONDS_2019
-            return actions
+            return [Read(number, False)]
         if old is not None:
             actions += self._end(old.connection, "replaced by a new connection", now)
         actions += self._serve(connection, now)
@@ -201,9 +202,14 @@ class Hub:
 
     def connect_rejected(self, number: int, peer: Peer, reason: str, *, now: float) -> list[Action]:
         """A connection that gets no session and is not told so."""
-        self._connections[number] = _Connection(number, peer, _State.REJECTED, reason, now)
-        actions: list[Action] = [] if peer.use == "msg" else [Ignore(number)]
-        return [*actions, Note(peer.node, "rejected", {"connection": number, "reason": reason})]
+        connection = _Connection(number, peer, _State.REJECTED, reason, now)
+        self._connections[number] = connection
+        return [*self._reading(connection), Note(peer.node, "rejected", {"connection": number, "reason": reason})]
+
+    @staticmethod
+    def _reading(connection: _Connection) -> list[Action]:
+        """Of a connection that is not of use `msg` nothing is ever read."""
+        return [] if connection.peer.use == "msg" else [Read(connection.number, False)]
 
     def _rejection(self, peer: Peer) -> str:
         """Why a connection gets no session, or empty. The order is CloudHub's."""
@@ -264,6 +270,8 @@ class Hub:
         for waiting in self._connections.values():
             if waiting.state is _State.WAITING and waiting.peer.node == node:
                 actions += self._serve(waiting, now)
+                if waiting.peer.use == "msg":
+                    actions.append(Read(waiting.number, True))
                 break
         return actions
 
@@ -307,7 +315,7 @@ class Hub:
         if self.rules.enforce_authorization and not is_admitted(message, node, self._delivered.get(node, ())):
             return [Note(node, "not-admitted", {"id": message.header.msg_id, "resource": message.route.resource})]
         if effect is Effect.FORWARD:
-            if is_prefixed(module):
+            if module != UNPREFIXED_MODULE:
                 message.route.resource = f"node/{node}/{message.route.resource}"
             return [Forward(node, module, message)]
         if connection.state is not _State.SERVED:

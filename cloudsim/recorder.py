@@ -9,50 +9,55 @@ from typing import Any
 
 import msgspec
 
-from cloudsim.wire import CloudMessage, Header, Route, decode, encode, seen_in_cloud
+from cloudsim.rules import UNPREFIXED_MODULE
+from cloudsim.wire import CloudMessage, Header, Route, decode, encode, seen_in_cloud, to_json_object
 
 
 class Received(msgspec.Struct, frozen=True, gc=False):
-    """A message that the hub handed to a cloud module."""
+    """A message that the hub handed to a cloud module. What is not a field is decoded at each use."""
 
     seq: int
     at: float
     "Unix time in seconds."
     node: str
     module: str
-    header: Header
-    route: Route
-    "The resource is prefixed with node/<id>/ as the module sees it."
+    id: str
     payload: bytes
     "As it came from the node."
+    from_hub: bool = False
+    "Made by the hub itself: a node's coming or going."
 
     @property
-    def id(self) -> str:
-        return self.header.msg_id
+    def message(self) -> CloudMessage:
+        """As the cloud module sees it: resource with node/<id>/, numbers as float64 has them."""
+        message = decode(self.payload)
+        message.content = seen_in_cloud(message.content)
+        if self.module != UNPREFIXED_MODULE and not self.from_hub:
+            message.route.resource = f"node/{self.node}/{message.route.resource}"
+        return message
+
+    @property
+    def header(self) -> Header:
+        return decode(self.payload).header
+
+    @property
+    def route(self) -> Route:
+        """As the cloud module sees it."""
+        return self.message.route
 
     @property
     def resource(self) -> str:
         """As the node sent it, without the prefix."""
-        return self.route.resource.removeprefix(f"node/{self.node}/")
+        return decode(self.payload).route.resource
 
     @property
     def content(self) -> Any:
-        """Decoded anew at each call, with the numbers a cloud module would see."""
-        return seen_in_cloud(decode(self.payload).content)
+        return self.message.content
 
     def line(self) -> bytes:
-        message = msgspec.to_builtins(CloudMessage(self.header, self.route))
-        message["content"] = self.content
-        return _line(
-            {
-                "seq": self.seq,
-                "at": self.at,
-                "event": "message",
-                "node": self.node,
-                "to": self.module,
-                "message": message,
-            }
-        )
+        message = self.message
+        facts = {"seq": self.seq, "at": self.at, "event": "message", "node": self.node, "to": self.module}
+        return _line(facts | {"message": to_json_object(message)})
 
 
 class Happened(msgspec.Struct, frozen=True, gc=False):
@@ -91,7 +96,6 @@ class Recorder:
         self._ids: dict[str, int] = {}
         self.last_seq = 0
         self.dropped = 0
-        self.messages = 0
         self.distinct = 0
         self.repeated = 0
         self.forgotten_ids = 0
@@ -99,43 +103,45 @@ class Recorder:
         self.by_node: Counter[str] = Counter()
         self.happened: Counter[str] = Counter()
 
-    def message(self, node: str, module: str, message: CloudMessage, payload: bytes | None, at: float) -> None:
-        """A message was handed to `module`. `payload` None: the hub made it itself."""
-        if payload is None:
-            payload = encode(message)
-        self.last_seq += 1
-        self._events.append(Received(self.last_seq, at, node, module, message.header, message.route, payload))
-        self._held_bytes += len(payload)
-        self.messages += 1
-        self.by_module[module] += 1
-        self.by_node[node] += 1
-        ids = self._ids
+    def message(self, node: str, module: str, message: CloudMessage, payload: bytes, at: float) -> None:
+        """A message of a node was handed to `module`. Called for each: the upload path."""
         message_id = message.header.msg_id
-        if message_id in ids:
-            ids[message_id] += 1
+        ids = self._ids
+        times = ids.get(message_id, 0)
+        ids[message_id] = times + 1
+        if times:
             self.repeated += 1
         else:
-            ids[message_id] = 1
             self.distinct += 1
             if len(ids) > self._max_ids:
                 del ids[next(iter(ids))]
                 self.forgotten_ids += 1
-        if len(self._events) > self._max_events or self._held_bytes > self._max_bytes:
-            self._let_go()
+        self._append(Received(self.last_seq + 1, at, node, module, message_id, payload), len(payload))
+        self.by_module[module] += 1
+        self.by_node[node] += 1
+
+    def from_hub(self, node: str, module: str, message: CloudMessage, at: float) -> None:
+        """A message that the hub made itself was handed to `module`."""
+        payload = encode(message)
+        event = Received(self.last_seq + 1, at, node, module, message.header.msg_id, payload, True)
+        self._append(event, len(payload))
+        self.by_module[module] += 1
 
     def happen(self, node: str, what: str, facts: dict[str, Any], at: float) -> None:
-        self.last_seq += 1
-        self._events.append(Happened(self.last_seq, at, node, what, facts))
+        self._append(Happened(self.last_seq + 1, at, node, what, facts), 0)
         self.happened[what] += 1
-        if len(self._events) > self._max_events:
-            self._let_go()
 
-    def _let_go(self) -> None:
-        while len(self._events) > self._max_events or (self._held_bytes > self._max_bytes and self._events):
-            oldest = self._events.popleft()
-            self.dropped += 1
-            if isinstance(oldest, Received):
-                self._held_bytes -= len(oldest.payload)
+    def _append(self, event: Event, size: int) -> None:
+        self.last_seq += 1
+        events = self._events
+        events.append(event)
+        self._held_bytes += size
+        if len(events) > self._max_events or self._held_bytes > self._max_bytes:
+            while len(events) > self._max_events or (self._held_bytes > self._max_bytes and len(events) > 1):
+                oldest = events.popleft()
+                self.dropped += 1
+                if type(oldest) is Received:
+                    self._held_bytes -= len(oldest.payload)
 
     def since(self, seq: int) -> tuple[int, list[Event]]:
         """The events after `seq` that are still held, and how many of them are gone."""
@@ -162,13 +168,13 @@ class Recorder:
         self._events.clear()
         self._ids.clear()
         self._held_bytes = 0
-        self.dropped = self.messages = self.distinct = self.repeated = self.forgotten_ids = 0
+        self.dropped = self.distinct = self.repeated = self.forgotten_ids = 0
         for counter in (self.by_module, self.by_node, self.happened):
             counter.clear()
 
     def counts(self) -> dict[str, Any]:
         return {
-            "messages": self.messages,
+            "messages": self.distinct + self.repeated,
             "distinct": self.distinct,
             "repeated": self.repeated,
             "forgotten_ids": self.forgotten_ids,

@@ -41,6 +41,9 @@ class Effect(enum.Enum):
 Routing = tuple[Effect, str]
 "The effect, and for FORWARD the cloud module that gets the message."
 
+UNPREFIXED_MODULE: Final = "taskmanager"
+"The hub puts node/<id>/ before the resource of what any other module gets."
+
 _CONTROL_OPERATIONS: Final = frozenset({"ping", "pong", "config"})
 _TASK_OPERATIONS: Final = frozenset({"prepull", "upgrade"})
 _CLOUD_SOURCES: Final = frozenset({"edgecontroller", "cloudhub", "cloudStream", "devicecontroller", "synccontroller"})
@@ -84,11 +87,6 @@ def route_upstream(message: CloudMessage, version: HubVersion) -> Routing:
     if route.source == "twin":
         return _TO_DEVICECONTROLLER
     return _TO_EDGECONTROLLER
-
-
-def is_prefixed(module: str) -> bool:
-    """Whether the hub puts node/<id>/ before the resource of what this module gets."""
-    return module != "taskmanager"
 
 
 def strip_node_prefix(resource: str) -> str:

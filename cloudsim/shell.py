@@ -8,7 +8,7 @@ import time
 from typing import Protocol, assert_never
 
 from cloudsim.faults import LASTING, Fault
-from cloudsim.hub import Action, Drop, Forward, Hub, Ignore, Note, Peer, Send
+from cloudsim.hub import Action, Drop, Forward, Hub, Note, Peer, Read, Send
 from cloudsim.recorder import Recorder
 from cloudsim.wire import CloudMessage, Undecodable, decode
 
@@ -24,8 +24,8 @@ class Wire(Protocol):
     def drop(self) -> None:
         """End the connection without saying so in its protocol."""
 
-    def ignore(self) -> None:
-        """Read nothing from now on."""
+    def read(self, wanted: bool) -> None:
+        """Read from now on, or leave what comes in the socket."""
 
     def afflict(self, fault: Fault) -> None:
         """Suffer a fault of the line: half-open, stall, throttle, delay, slow-pong, close-mid-frame, clear."""
@@ -46,6 +46,10 @@ class HubShell:
         self._timer: asyncio.TimerHandle | None = None
         self._changed: list[asyncio.Future[None]] = []
         self._wall = time.time()
+
+    def line_faults(self) -> list[Fault]:
+        """Lasting faults that meet every connection, from its first byte on."""
+        return [fault for fault in self.lasting if not fault.node]
 
     # --- what transports call --------------------------------------------------------------------
 
@@ -123,10 +127,11 @@ class HubShell:
                     self._nodes.pop(connection, None)
                     if (wire := self._wires.pop(connection, None)) is not None:
                         wire.drop()
-                case Ignore(connection):
-                    self._wires[connection].ignore()
+                case Read(connection, wanted):
+                    if (wire := self._wires.get(connection)) is not None:
+                        wire.read(wanted)
                 case Forward(node, module, message):
-                    self.recorder.message(node, module, message, None, time.time())
+                    self.recorder.from_hub(node, module, message, time.time())
                 case Note(node, what, facts):
                     log.info("%s node=%s %s", what, node, facts)
                     self.recorder.happen(node, what, facts, time.time())

@@ -161,7 +161,10 @@ class CloudSim:
 
     async def _open_again(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
-        await self._listener.open()
+        try:
+            await self._listener.open()
+        except OSError as error:
+            log.error("the port could not be opened again: %s", error)
 
     def _cancel_reopen(self) -> None:
         if self._reopen is not None:

@@ -14,7 +14,7 @@ import logging
 import socket
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from cloudsim import frames, handshake, tls
@@ -40,6 +40,7 @@ class Shell(Protocol):
     def settle(self) -> None: ...
     def closed(self, number: int, reason: str = ...) -> None: ...
     def writable(self, number: int, writable: bool) -> None: ...
+    def line_faults(self) -> Sequence[Fault]: ...
 
 
 class _Phase(enum.Enum):
@@ -87,6 +88,8 @@ class Connection(asyncio.Protocol):
         if raw is not None:
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._deadline = asyncio.get_running_loop().call_later(HANDSHAKE_SECONDS, self._too_slow)
+        for fault in self._shell.line_faults():
+            self.afflict(fault)
 
     def data_received(self, data: bytes) -> None:
         if self._upward.is_clear:
@@ -340,8 +343,8 @@ class Connection(asyncio.Protocol):
 
     # --- faults --------------------------------------------------------------------------------------
 
-    def ignore(self) -> None:
-        self._ignored = True
+    def read(self, wanted: bool) -> None:
+        self._ignored = not wanted
         self._flow()
 
     def afflict(self, fault: Fault) -> None:

@@ -39,7 +39,7 @@ class Route(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, gc=F
     resource: str = ""
 
 
-class CloudMessage(msgspec.Struct, forbid_unknown_fields=True):
+class CloudMessage(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     """One message of the model (docs/cloudlink.md, Message model). Field names are the wire's."""
 
     header: Header = msgspec.field(default_factory=Header)
@@ -186,12 +186,19 @@ def seen_in_cloud(content: Any) -> Any:
     Whole numbers stay Python ints where they fit, so that a comparison with what was sent works.
     """
     if type(content) is int:
-        return content if abs(content) <= 2**53 else int(float(content))
+        return content if abs(content) <= 2**53 else _float64(content)
     if isinstance(content, dict):
         return {key: seen_in_cloud(item) for key, item in content.items()}
     if isinstance(content, list):
         return [seen_in_cloud(item) for item in content]
     return content
+
+
+def _float64(number: int) -> int:
+    try:
+        return int(float(number))
+    except OverflowError:  # above 308 digits; Go would have refused the message (docs/cloudsim.md)
+        return number
 
 
 class _HeaderOut(msgspec.Struct, omit_defaults=True, gc=False):
@@ -216,6 +223,12 @@ _HTML: Final = (
     ("\u2028".encode(), b"\\u2028"),
     ("\u2029".encode(), b"\\u2029"),
 )
+
+
+def to_json_object(message: CloudMessage) -> dict[str, Any]:
+    """The message as a JSON object's dict, with what CloudHub would leave out left out."""
+    value: dict[str, Any] = msgspec.json.decode(encode(message))
+    return value
 
 
 def encode(message: CloudMessage) -> bytes:
