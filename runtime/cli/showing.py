@@ -236,40 +236,85 @@ def render(status: dict[str, Any], console: Console) -> None:
         Text.assemble(("node ", "bold"), (status["node"], "bold"), f"  {status['home']}\n", cloud, f"   bus {held}"),
         soft_wrap=True,
     )
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("module")
-    table.add_column("state")
-    for column in ("pid", "up", "queued", "oldest", "delivered", "again", "refused", "restarts", "PSS", "RSS"):
-        table.add_column(column, justify="right")
-    table.add_column("incarnation")
-    for module in status["modules"]:
-        refused = sum((module.get("refused") or {}).values())
-        table.add_row(
-            module["name"],
-            _state(module),
-            str(module["pid"] or "-"),
-            duration(module["uptime_s"]),
-            _bus_number(module, "queued"),
-            duration(module.get("oldest_age_ms", 0) / 1000 if module.get("oldest_age_ms") else None),
-            _bus_number(module, "delivered"),
-            _bus_number(module, "redelivered"),
-            Text(str(refused), style="yellow" if refused else "") if "refused" in module else "-",
-            str(module["restarts"]),
-            size(module["pss_bytes"]),
-            size(module["rss_bytes"]),
-            (module.get("incarnation") or "-")[:8],
-        )
-    supervisor = status["supervisor"]
-    if supervisor["pid"]:
-        cells = ["supervisord", Text("running", style="green"), str(supervisor["pid"]), *"-" * 7]
-        table.add_row(*cells, size(supervisor["pss_bytes"]), size(supervisor["rss_bytes"]), "-")
-    console.print(table)
+    console.print(_table(status, console.width if console.is_terminal else _WIDE))
     for module in status["modules"]:
         if reasons := {reason: n for reason, n in (module.get("refused") or {}).items() if n}:
             said = ", ".join(f"{reason} {n}" for reason, n in sorted(reasons.items()))
             console.print(f"refused by or for {module['name']}: {said}", soft_wrap=True)
     for problem in status["problems"]:
         console.print(Text.assemble(("! ", "bold red"), problem), soft_wrap=True)
+
+
+def _table(status: dict[str, Any], width: int) -> Table:
+    """One row per module; on a narrow terminal without the columns that are missed least."""
+    rows = [_cells(module) for module in status["modules"]]
+    supervisor = status["supervisor"]
+    if supervisor["pid"]:
+        rows.append(
+            {
+                "module": Text("supervisord"),
+                "state": Text("running", style="green"),
+                "pid": Text(str(supervisor["pid"])),
+                "PSS MiB": mebibytes(supervisor["pss_bytes"]),
+                "RSS MiB": mebibytes(supervisor["rss_bytes"]),
+            }
+        )
+    widths = {name: max([len(name), *(len(row.get(name, Text("-"))) for row in rows)]) for name in _COLUMNS}
+    shown = list(_COLUMNS)
+    for name in _OPTIONAL:
+        if sum(widths[column] + 2 for column in shown) > width:
+            shown.remove(name)
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for name in shown:
+        table.add_column(
+            name,
+            justify="left" if name in ("module", "state", "incarnation") else "right",
+            no_wrap=True,
+            min_width=widths[name],
+        )
+    for row in rows:
+        table.add_row(*(row.get(name, Text("-", style="dim")) for name in shown))
+    return table
+
+
+_WIDE: Final = 200
+"Columns to assume where no terminal tells."
+
+_COLUMNS: Final = (
+    *("module", "state", "pid", "up", "queued", "oldest", "delivered", "redelivered", "refused"),
+    *("restarts", "PSS MiB", "RSS MiB", "incarnation"),
+)
+_OPTIONAL: Final = ("RSS MiB", "up", "incarnation", "restarts", "oldest", "redelivered")
+"Left out in this order; --json has them all."
+
+
+def _cells(module: dict[str, Any]) -> dict[str, Text]:
+    cells = {
+        "module": Text(module["name"]),
+        "state": _state(module),
+        "restarts": Text(str(module["restarts"]), style="yellow" if module["in_storm"] else ""),
+        "PSS MiB": mebibytes(module["pss_bytes"]),
+        "RSS MiB": mebibytes(module["rss_bytes"]),
+    }
+    if module["pid"]:
+        cells["pid"] = Text(str(module["pid"]))
+    if module["uptime_s"] is not None:
+        cells["up"] = Text(duration(module["uptime_s"]))
+    for key in ("queued", "delivered", "redelivered"):
+        if key in module:
+            cells[key] = Text(str(module[key]))
+    if module.get("oldest_age_ms"):
+        cells["oldest"] = Text(duration(module["oldest_age_ms"] / 1000))
+    if "refused" in module:
+        refused = sum(module["refused"].values())
+        cells["refused"] = Text(str(refused), style="yellow" if refused else "")
+    if module.get("incarnation"):
+        cells["incarnation"] = Text(module["incarnation"][:8])
+    return cells
+
+
+def mebibytes(count: int | None) -> Text:
+    return Text("-", style="dim") if count is None else Text(f"{count / 2**20:.1f}")
 
 
 def _state(module: dict[str, Any]) -> Text:
@@ -279,10 +324,6 @@ def _state(module: dict[str, Any]) -> Text:
     if process in (None, "running") and state:
         return Text(state + ("" if process else " (unsupervised)"), style=_COLOURS.get(state, ""))
     return Text(process or "-", style=_COLOURS.get(process or "", ""))
-
-
-def _bus_number(module: dict[str, Any], key: str) -> str:
-    return str(module[key]) if key in module else "-"
 
 
 def size(count: int | None) -> str:
