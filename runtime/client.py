@@ -553,7 +553,7 @@ class Bus:
         and after the broker restarted. One module's keys are its own."""
         if not is_group(group):
             raise UsageError(f"{group!r} is no Group")
-        lane, batch = self._core.put_retained(group, priority, key, self._encode(message))
+        lane, batch = self._core.put_retained(str(group), int(priority), key, self._encode(message))
         self._flush_soon()
         return Receipt(batch, lane.next - 1)
 

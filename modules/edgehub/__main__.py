@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+
 from modules.edgehub.config import EdgeHubConfig
 from modules.edgehub.hub import EdgeHub
-from runtime import config
-from runtime.module import run
+from modules.edgehub.link import make_link
+from runtime import config, logs
+from runtime.errors import ConfigError
+from runtime.home import find_home
+from runtime.module import EXIT_CONFIG, run
 
 
 def main() -> None:
-    run(EdgeHub(EdgeHubConfig.from_node(config.load())))
+    logs.setup(EdgeHub.name)
+    log = logging.getLogger("modules.edgehub")
+    try:
+        node = config.load(find_home().path)
+        if not node.edge_hub.enable:
+            log.info("modules.edgeHub.enable is off: nothing to do")
+            sys.exit(0)
+        settings = EdgeHubConfig.from_node(node)
+        make_link(settings)  # a protocol without an adapter is an error of the configuration
+    except ConfigError as fault:
+        log.error("%s", fault)  # one line that names key, value and rule; a traceback would bury it
+        sys.exit(EXIT_CONFIG)
+    run(EdgeHub(settings))
 
 
 if __name__ == "__main__":

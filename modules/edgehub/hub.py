@@ -98,12 +98,10 @@ class EdgeHub(Module):
     prefetch_messages = 16_384
     prefetch_bytes = 16 * 2**20
 
-    def __init__(self, config: EdgeHubConfig, *, chance: random.Random | None = None) -> None:
-        super().__init__()
-        self._config = config
+    def __init__(self, config: EdgeHubConfig | None = None, *, chance: random.Random | None = None) -> None:
+        """Without `config` it comes from the node's configuration (`start` then raises ConfigError)."""
+        self._given_config = config
         self._chance = chance or random.Random()
-        self._outbox: Outbox[Settles] = Outbox(OutboxLimits(config.memory_messages, config.memory_bytes))
-        self._bucket = TokenBucket(config.message_qps, config.message_burst)
         self._keeper: SyncKeeper[_Asked] = SyncKeeper()
         self._received = Received()
         self._counts: Counter[str] = Counter()
@@ -118,26 +116,30 @@ class EdgeHub(Module):
 
     async def start(self) -> None:
         """KubeEdge's initial: tell everybody that the cloud is not there yet, begin to dial."""
-        make_link(self._config)  # a wrong protocol is an error now, not at the first dial
+        config = self._given_config or EdgeHubConfig.from_node(self.node)
+        make_link(config)  # a wrong protocol is an error now, not at the first dial
+        self._config = config
         self._loop = asyncio.get_running_loop()
+        self._outbox: Outbox[Settles] = Outbox(OutboxLimits(config.memory_messages, config.memory_bytes))
+        self._bucket = TokenBucket(config.message_qps, config.message_burst)
         self._wake = asyncio.Event()
         self._drained = asyncio.Event()
         self._announcements: asyncio.Queue[bool] = asyncio.Queue()
         self._session = LinkSession(
-            self._config.endpoints,
-            Backoff(self._chance, cap_seconds=self._config.retry_cap_seconds),
-            heartbeat_seconds=self._config.heartbeat_seconds,
-            greeting_seconds=self._config.greeting_seconds,
-            stable_seconds=self._config.stable_seconds,
-            unproven_redial_seconds=self._config.unproven_redial_seconds,
+            config.endpoints,
+            Backoff(self._chance, cap_seconds=config.retry_cap_seconds),
+            heartbeat_seconds=config.heartbeat_seconds,
+            greeting_seconds=config.greeting_seconds,
+            stable_seconds=config.stable_seconds,
+            unproven_redial_seconds=config.unproven_redial_seconds,
             now=self._loop.time(),
         )
         self._lanes = Lanes(
             self.bus,
             self.tasks,
             self._settled_down,
-            max_messages=self._config.downstream_messages,
-            max_bytes=self._config.downstream_bytes,
+            max_messages=config.downstream_messages,
+            max_bytes=config.downstream_bytes,
         )
         self._announcer = self.tasks.create_task(self._pub_connect_info(), name="connection state")
         self._runner = self.tasks.create_task(self._run(), name="link")
