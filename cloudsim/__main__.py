@@ -7,13 +7,12 @@ import asyncio
 import errno
 import json
 import logging
-import re
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cloudsim.certificates import Authority
+from cloudsim.certificates import Authority, check_node_name
 from cloudsim.config import SERVER_NAMES, SimConfig
 from cloudsim.rules import HubVersion
 from cloudsim.sim import CloudSim
@@ -128,9 +127,10 @@ def _seconds(text: str) -> float:
 
 
 def _node_name(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no node name (letters, digits, '-' and '.')")
-    return text
+    try:
+        return check_node_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _explain(error: OSError, config: SimConfig) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,15 @@ _YEAR: Final = datetime.timedelta(days=365)
 _OWN_NAMES: Final = frozenset({"ca", "server"})
 _SKEW: Final = datetime.timedelta(minutes=5)
 "Certificates begin a little in the past: containers and hosts disagree about now."
+
+
+def check_node_name(name: str) -> str:
+    """The name, fit for a file; raises ValueError otherwise."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}", name):
+        raise ValueError(f"{name!r} is no node name (letters, digits, '-' and '.')")
+    if name in _OWN_NAMES:
+        raise ValueError(f"a node cannot be called {name!r}: that is one of the cloud's own files")
+    return name
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +97,9 @@ class Authority:
         """A node's certificate `<node>.crt`, `<node>.key`; made when it is not there.
 
         The other arguments make certificates that are wrong on purpose: another common name, another
-        time, serverAuth in place of clientAuth.
+        time, serverAuth in place of clientAuth. Raises ValueError for what is no node name.
         """
-        if (file_name or node) in _OWN_NAMES:
-            raise ValueError(f"a node cannot be called {node!r}: that is one of the cloud's own files")
-        pair = self.pair(file_name or node)
+        pair = self.pair(check_node_name(file_name or node))
         if not pair.exists or not self._is_ours(pair):
             self._issue(
                 pair,

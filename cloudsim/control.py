@@ -109,12 +109,10 @@ class ControlServer:
         try:
             while await self._serve(reader, writer):
                 pass
-        except (ConnectionError, asyncio.IncompleteReadError, TimeoutError):
+        except (OSError, asyncio.IncompleteReadError):
             pass  # the client went away or sent nothing more
         except asyncio.CancelledError:
             pass  # aclose(); asyncio would log the cancelled task of a stream server
-        except Exception:
-            log.exception("control request failed")
         finally:
             self._clients.discard(task)
             writer.close()
@@ -131,6 +129,12 @@ class ControlServer:
             status, value = await self._dispatch(call)
         except Problem as problem:
             status, value = problem.status, {"error": str(problem)}
+        except (OSError, asyncio.IncompleteReadError):
+            raise  # the client went, or took too long (TimeoutError is an OSError)
+        except Exception as fault:
+            # A bug in one request must not end the double that others use.
+            log.exception("control request failed")
+            status, value = HTTPStatus.INTERNAL_SERVER_ERROR, {"error": repr(fault)}
         keep_alive = call is not None and call.keep_alive
         body = msgspec.json.encode(value) + b"\n"
         writer.write(
@@ -180,9 +184,10 @@ class ControlServer:
         return HTTPStatus.OK, {}
 
     async def _certificate(self, call: Call, names: tuple[str, ...]) -> _Answer:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}", names[0]):
-            raise Problem(HTTPStatus.BAD_REQUEST, f"{names[0]!r} is no node name (letters, digits, '-' and '.')")
-        pair = self._sim.certificate(names[0])
+        try:
+            pair = self._sim.certificate(names[0])
+        except ValueError as fault:
+            raise Problem(HTTPStatus.BAD_REQUEST, str(fault)) from fault
         return HTTPStatus.OK, {
             "ca": str(self._sim.ca.certificate),
             "certificate": str(pair.certificate),
