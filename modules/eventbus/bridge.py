@@ -73,9 +73,9 @@ class Refusal:
 class Uplink:
     """Messages of one MQTT broker, from PUBLISH to PUBACK.
 
-    Bounded by `window` messages and `window_bytes` of payload; at either `is_full` says that no more may be read,
-    and the broker is held up by TCP (QoS 0) or by its own in-flight limit (QoS 1). Nothing is thrown away. An empty
-    uplink takes one message of any size.
+    Bounded by `window` messages and `window_bytes` of payload. A broker of MQTT 5 keeps to the window by itself
+    (Receive Maximum); what comes beyond it, and what comes beyond the bytes, makes `is_full` say that no more may be
+    read. Nothing is thrown away. An empty uplink takes one message of any size.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Uplink:
 
     @property
     def is_full(self) -> bool:
-        return self.in_hand >= self._window or (self.in_hand_bytes >= self._window_bytes and self.in_hand > 0)
+        return self.in_hand > self._window or (self.in_hand_bytes >= self._window_bytes and self.in_hand > 0)
 
     @property
     def has_drained(self) -> bool:

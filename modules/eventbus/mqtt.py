@@ -43,7 +43,7 @@ PACKETS_PER_TURN: Final = 256
 MAX_PACKET_BYTES: Final = 16 * 2**20
 "A longer PUBLISH is skipped and reported; beyond what the bus carries in any configuration we expect."
 BACKLOG_BYTES: Final = 1 << 20
-"Bytes read and not yet parsed, from which on the socket is left alone."
+"Read and not yet parsed; from there on the socket is left alone, and TCP holds up the broker."
 MQTT5: Final = MQTTProtocolVersion.MQTTv5
 MQTT311: Final = MQTTProtocolVersion.MQTTv311
 _UNSUPPORTED_VERSION: Final = 0x84
@@ -160,7 +160,7 @@ class MqttConnection:
         return mid
 
     def pause_reading(self) -> None:
-        """Read no more from the socket, so that TCP holds up the broker. Idempotent."""
+        """Deliver no more messages. Once BACKLOG_BYTES lie unread, TCP holds up the broker. Idempotent."""
         self._is_paused = True
 
     def resume_reading(self) -> None:
@@ -434,7 +434,7 @@ class _Wire(asyncio.Protocol):
         more = False
         try:
             for _ in range(PACKETS_PER_TURN):
-                if owner._is_paused:
+                if owner._is_paused and owner._is_open:
                     break
                 packet = next_packet()
                 if packet is None:
@@ -459,7 +459,8 @@ class _Wire(asyncio.Protocol):
         owner._events.turn_ended()
         if more and not owner._is_paused:
             self.schedule_parsing()
-        self._hold_socket(owner._is_paused or (more and self._reader.unread_bytes > BACKLOG_BYTES))
+        # Not at once: only a socket that is read shows that the broker has gone.
+        self._hold_socket((more or owner._is_paused) and self._reader.unread_bytes > BACKLOG_BYTES)
 
     def _hold_socket(self, hold: bool) -> None:
         if self._transport is None or hold is self._socket_paused or self._transport.is_closing():

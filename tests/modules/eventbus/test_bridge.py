@@ -143,10 +143,13 @@ def test_what_is_skipped_is_acknowledged_in_its_turn() -> None:
     assert core.skip(0, 0) == []
 
 
-def test_full_at_the_window_and_again_open_at_half() -> None:
+def test_full_beyond_the_window_and_again_open_at_half() -> None:
     core = uplink(window=4)
     held = [receive(core, mid) for mid in (1, 2, 3, 4)]
+    assert not core.is_full  # a broker that keeps to the window is read on: that shows when it goes
+    held.append(receive(core, 0, qos=0))
     assert core.is_full
+    core.settled(held.pop())
     assert not core.has_drained
     core.settled(held[0])
     assert not core.is_full

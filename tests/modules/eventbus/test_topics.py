@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from modules.eventbus.topics import (
@@ -192,5 +192,6 @@ def test_matching(topic_filter: str, topic: str, expected: bool) -> None:
 
 @given(TOPICS)
 def test_a_topic_matches_itself_and_the_filter_of_its_first_level(topic: str) -> None:
+    assume(not topic.startswith("$share"))  # as a filter that means something else
     assert matches(topic, topic)
     assert matches(topic.split("/")[0] + "/#", topic)
