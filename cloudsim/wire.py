@@ -197,7 +197,7 @@ def seen_in_cloud(content: Any) -> Any:
 def _float64(number: int) -> int:
     try:
         return int(float(number))
-    except OverflowError:  # above 308 digits; Go would have refused the message (docs/cloudsim.md)
+    except OverflowError:  # above 308 digits; Go would have refused the message (docs/cloudsim.md, differences)
         return number
 
 
