@@ -291,7 +291,7 @@ class ClientCore:
         self._nonce = 0
         self._ping_at = 0.0
         self._pinged: tuple[int, float] | None = None  # nonce and time of the PING that is not answered
-        self._last_ok = float("-inf")  # when the last answered PING (or HELLO) was sent
+        self._last_ok = float("-inf")  # when the last answered PING was sent
         self.lanes: dict[tuple[str, int], OutLane] = {}
         self._unflushed: list[OutLane] = []
         self._in: dict[tuple[bytes, str, int], InLane] = {}
@@ -573,7 +573,10 @@ class ClientCore:
     def _on_welcome(self, welcome: emp.Welcome, now: float) -> None:
         if self.state is State.ENDED:
             return
-        # A WELCOME while attached answers a HELLO that was repeated: the session is the newer one's.
+        # A WELCOME while attached answers a HELLO that was repeated: the newest session counts. Sessions of one
+        # broker only rise, so a lower one lay unread since before.
+        if welcome.epoch == self.epoch and welcome.session <= self.session:
+            return
         anew = self.epoch != welcome.epoch
         known = bool(self.epoch)
         self.epoch = welcome.epoch
@@ -581,8 +584,6 @@ class ClientCore:
         self.generation = welcome.generation
         self.limits = welcome.limits
         self._heartbeat_seconds = min(welcome.heartbeat_ms / 1000, self.liveness_seconds / 3)
-        if self._hello_at is not None:
-            self._last_ok = self._hello_at
         self._hello_at = None
         self._refused_since = None
         self._pinged = None
@@ -602,10 +603,13 @@ class ClientCore:
             self.drain(0)
         self.events.append(Attached(welcome.late, anew))
         self.flush(now)
+        # This WELCOME may be an old one that lay unread: only a PONG with a fresh nonce lets handlers start (rule 21).
+        self.ping(now)
 
     def _on_refused(self, refused: emp.Refused, now: float) -> None:
         if self.state is not State.GREETING:
-            self.events.append(Complaint(refused.code, refused.text))
+            if refused.code != emp.NAME_TAKEN:  # that one is the late answer to a HELLO that was repeated
+                self.events.append(Complaint(refused.code, refused.text))
             return
         if refused.code == emp.NAME_TAKEN:
             # It may be our own predecessor, whose death the broker has not noticed: one liveness period (rule 23).

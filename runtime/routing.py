@@ -343,6 +343,10 @@ class _Module:
         self.latency = [0] * (len(LATENCY_BOUNDS_SECONDS) + 1)
 
 
+def _has_batches(incarnation: _Incarnation) -> bool:
+    return any(lane.batches for lane in incarnation.lanes.values())
+
+
 class _Retained(NamedTuple):
     header: emp.Send
     version: tuple[int, int]
@@ -376,6 +380,7 @@ class RoutingCore:
         self._modules: dict[str, _Module] = {}
         self._peers: dict[Peer, _Incarnation] = {}
         self._asked: dict[Peer, bool] = {}  # peers that got a WHO and have not said HELLO since
+        self._departed: dict[bytes, _Incarnation] = {}  # let go while messages of theirs were unsettled
         self._parked: list[_Lane] = []
         self._dirty_lanes: list[_Lane] = []
         self._dirty_modules: list[_Module] = []
@@ -543,7 +548,13 @@ class RoutingCore:
                 generation = hello.generation
             if holder is not None:
                 self._fence(holder, generation, now)
-            holder = _Incarnation(module, hello.incarnation, generation)
+            departed = self._departed.pop(hello.incarnation, None)
+            if departed is not None and departed.name == hello.name:
+                holder = departed
+                holder.module = module
+                holder.generation = generation
+            else:
+                holder = _Incarnation(module, hello.incarnation, generation)
             module.generation = generation
             module.holder = holder
         assert holder is not None
@@ -652,9 +663,13 @@ class RoutingCore:
         for outlet in list(module.outlets.values()):
             self._refuse_all(outlet, emp.GONE)
         self._modules.pop(module.name, None)
-        if module.holder is not None:
-            module.holder.peer = None
-            module.holder = None
+        holder, module.holder = module.holder, None
+        if holder is not None:
+            holder.peer = None
+            # It may come back, and what it has sent may still be on its way: one lane must not become two.
+            self._departed = {id: other for id, other in self._departed.items() if _has_batches(other)}
+            if _has_batches(holder):
+                self._departed[holder.id] = holder
 
     def _drop_old_replies(self, module: _Module, incarnation: bytes) -> None:
         """Replies to an earlier incarnation of the requester are settled as `gone` (rule 28)."""
@@ -672,7 +687,7 @@ class RoutingCore:
         assert body is not None
         lane = sender.lanes.get((header.destination, header.priority))
         if lane is None:
-            if header.first != header.floor:  # rule 3
+            if header.first > header.floor:  # rule 3; a batch that is settled in part begins below the floor
                 if not sender.throttled:
                     self._ask(peer)
                 return
