@@ -25,6 +25,8 @@ HELLO_AGAIN_SECONDS: Final = 0.5
 MAX_IN_LANES: Final = 4096
 "Books kept; the ones unused longest are forgotten first, which can lead to a repeat, never to a loss (rule 18)."
 MAX_RETAINED_VERSIONS: Final = 4096
+LIMITS_BEFORE_WELCOME: Final = emp.Limits(window_messages=64, window_bytes=2**20)
+"What a module may send before it knows what the broker allows: little, so that a strict broker need not refuse it."
 MAX_BOOK: Final = 1 << 20
 "A DELIVER that leaps over more numbers than this while others run is no frame of a sane broker."
 
@@ -274,7 +276,7 @@ class ClientCore:
         self.session = -1
         self.epoch = b""
         self.state = State.DETACHED
-        self.limits = emp.Limits()
+        self.limits = LIMITS_BEFORE_WELCOME
         self.out: list[list[bytes]] = []
         self.events: list[Event] = []
         self.counters: Mapping[str, int] = {}
