@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         node_limit=options.node_limit,
         enforce_authorization=options.authorization == "enforced",
         hub_version=HubVersion(options.hub_version),
+        edgecontroller=options.edgecontroller,
         replacement_race=options.replacement_race,
         seed=options.seed,
         receive_buffer_bytes=options.receive_buffer,
@@ -103,6 +104,7 @@ def _serve_parser() -> argparse.ArgumentParser:
     add("--node-limit", type=int, default=None, help="nodes served at once; default 500, or 10 for 2019")
     add("--authorization", choices=("off", "enforced"), default="off", help="check certificates against node names")
     add("--hub-version", choices=[version.value for version in HubVersion], default=HubVersion.CURRENT.value)
+    add("--edgecontroller", action="store_true", help="answer queries and status updates of nodes")
     add("--replacement-race", type=float, default=0.04, help="chance that a reconnect is dropped with the old one")
     add("--seed", type=int, default=None, help="for the chances above")
     add("--receive-buffer", type=int, default=None, metavar="BYTES", help="SO_RCVBUF of node connections")

@@ -30,6 +30,8 @@ class SimConfig:
     "Names and addresses in the server's certificate, besides `host`."
     nodes: tuple[str, ...] = ()
     "Nodes whose certificates are made at start."
+    edgecontroller: bool = False
+    "Answer queries and status updates of nodes out of a small object store. Off: nobody answers."
     keepalive_seconds: float = 30.0
     node_limit: int | None = None
     "None: 500, or 10 for the hub of 2019."

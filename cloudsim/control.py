@@ -83,6 +83,8 @@ class ControlServer:
             ("POST", re.compile(r"/nodes/([^/]+)/messages/batch"), self._batch),
             ("POST", re.compile(r"/nodes/([^/]+)/certificate"), self._certificate),
             ("DELETE", re.compile(r"/nodes/([^/]+)"), self._delete_node),
+            ("PUT", re.compile(r"/objects/([^/]+)/([^/]+)/([^/]+)"), self._put_object),
+            ("DELETE", re.compile(r"/objects/([^/]+)/([^/]+)/([^/]+)"), self._remove_object),
             ("GET", re.compile(r"/faults"), self._list_faults),
             ("POST", re.compile(r"/faults"), self._fault),
             ("GET", re.compile(r"/received"), self._received),
@@ -212,6 +214,25 @@ class ControlServer:
             return self._sim.send(node, decode_as_go(body))
         except (Undecodable, ValueError, TypeError) as fault:
             raise Problem(HTTPStatus.BAD_REQUEST, f"not a message: {fault}") from fault
+
+    async def _put_object(self, call: Call, names: tuple[str, ...]) -> _Answer:
+        try:
+            content = msgspec.json.decode(call.body, type=dict[str, Any])
+            namespace, kind, name = names
+            self._sim.put_object(namespace, kind, name, content, node=call.query.get("node", ""))
+        except (ValueError, RecursionError) as fault:
+            raise Problem(HTTPStatus.BAD_REQUEST, str(fault)) from fault
+        return HTTPStatus.OK, {}
+
+    async def _remove_object(self, call: Call, names: tuple[str, ...]) -> _Answer:
+        try:
+            namespace, kind, name = names
+            found = self._sim.remove_object(namespace, kind, name, node=call.query.get("node", ""))
+        except ValueError as fault:
+            raise Problem(HTTPStatus.BAD_REQUEST, str(fault)) from fault
+        if not found:
+            raise Problem(HTTPStatus.NOT_FOUND, f"no object {'/'.join(names)}")
+        return HTTPStatus.OK, {}
 
     async def _list_faults(self, call: Call, _: tuple[str, ...]) -> _Answer:
         return HTTPStatus.OK, {"lasting": self._sim.shell.lasting}

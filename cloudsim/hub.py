@@ -477,6 +477,9 @@ class Hub:
     def is_served(self, node: str) -> bool:
         return node in self._sessions
 
+    def served_nodes(self) -> list[str]:
+        return list(self._sessions)
+
     def connection_of(self, node: str) -> int | None:
         """The number of the connection that serves a node."""
         session = self._sessions.get(node)

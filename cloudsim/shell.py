@@ -7,6 +7,7 @@ import logging
 import time
 from typing import Protocol, assert_never
 
+from cloudsim.edgecontroller import EdgeController
 from cloudsim.faults import LASTING, Fault
 from cloudsim.hub import Action, Drop, Forward, Hub, Note, Peer, Read, Send
 from cloudsim.recorder import Recorder
@@ -34,8 +35,9 @@ class Wire(Protocol):
 class HubShell:
     """Owns the core, the clock, the recorder and the connections."""
 
-    def __init__(self, hub: Hub, recorder: Recorder) -> None:
+    def __init__(self, hub: Hub, recorder: Recorder, edgecontroller: EdgeController | None = None) -> None:
         self.hub = hub
+        self.edgecontroller = edgecontroller
         self.recorder = recorder
         self.lasting: list[Fault] = []
         self._wires: dict[int, Wire] = {}
@@ -87,6 +89,9 @@ class HubShell:
         for action in self.hub.receive(number, message, now=time.monotonic()):
             if type(action) is Forward:
                 self.recorder.message(action.node, action.module, action.message, payload, self._wall)
+                if self.edgecontroller is not None and action.module == "edgecontroller":
+                    for answer in self.edgecontroller.receive(action.node, action.message):
+                        self.send(action.node, answer)
             else:
                 self.perform([action])
         return number in self._wires

@@ -8,6 +8,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any
@@ -16,6 +17,7 @@ from cloudsim import tls
 from cloudsim.certificates import Authority, Pair
 from cloudsim.config import SimConfig
 from cloudsim.control import ControlServer
+from cloudsim.edgecontroller import EdgeController
 from cloudsim.faults import Fault
 from cloudsim.hub import Hub
 from cloudsim.recorder import Received, Recorder
@@ -47,7 +49,8 @@ class CloudSim:
             epoch=time.time() - time.monotonic(),
             cluster_ca=self.authority.ca.certificate.read_text(),
         )
-        self.shell = HubShell(self.hub, self.recorder)
+        self.edgecontroller = EdgeController() if config.edgecontroller else None
+        self.shell = HubShell(self.hub, self.recorder, self.edgecontroller)
         self._listener = Listener(
             self.shell,
             tls.server_context(server, self.authority.ca),
@@ -124,6 +127,31 @@ class CloudSim:
 
     def send_many(self, node: str, messages: Sequence[CloudMessage]) -> list[dict[str, str | None]]:
         return [self.shell.send(node, message) for message in messages]
+
+    def put_object(self, namespace: str, kind: str, name: str, content: dict[str, Any], *, node: str = "") -> None:
+        """Create or change a cluster object and send it to `node`, or to all that are served.
+
+        `kind` is the type in a resource, as `configmap`. Raises ValueError without `edgecontroller`.
+        """
+        message = self._controller().put(namespace, kind, name, content)
+        self._send_to_all(message, node)
+
+    def remove_object(self, namespace: str, kind: str, name: str, *, node: str = "") -> bool:
+        """Delete a cluster object and tell the nodes; False: there is none. Raises ValueError as above."""
+        message = self._controller().remove(namespace, kind, name)
+        if message is None:
+            return False
+        self._send_to_all(message, node)
+        return True
+
+    def _controller(self) -> EdgeController:
+        if self.edgecontroller is None:
+            raise ValueError("there is no edgecontroller: start with --edgecontroller (SimConfig.edgecontroller)")
+        return self.edgecontroller
+
+    def _send_to_all(self, message: CloudMessage, node: str) -> None:
+        for name in [node] if node else self.hub.served_nodes():
+            self.shell.send(name, CloudMessage(copy(message.header), copy(message.route), message.content))
 
     def sessions(self) -> list[dict[str, Any]]:
         """All connections with state served, rejected or waiting."""

@@ -10,7 +10,7 @@ import pytest
 import cloudsim
 
 PACKAGE = Path(cloudsim.__file__).parent
-CORES = ["frames", "wire", "handshake", "rules", "queues", "hub", "impairment", "faults"]
+CORES = ["frames", "wire", "handshake", "rules", "queues", "hub", "impairment", "faults", "edgecontroller"]
 IO = {"asyncio", "socket", "ssl", "time", "os", "subprocess", "threading", "logging", "zmq"}
 
 
