@@ -216,7 +216,7 @@ class _Side:
         self._subscriptions = subscriptions
         settings = ConnectionSettings(
             client_id=config.session_client_id,
-            protocol=config.protocol,
+            protocol=server.protocol,
             receive_window=config.receive_window,
             keepalive_seconds=config.keepalive_seconds,
             session_expiry_seconds=config.session_expiry_seconds,

@@ -53,6 +53,7 @@ class Server:
     tls: TlsFiles | None = None
     username: str = ""
     password: str = ""
+    protocol: str = "auto"
 
     def __repr__(self) -> str:
         return f"Server({self.name}, {self.host}:{self.port}{', tls' if self.tls else ''})"
@@ -120,7 +121,9 @@ class EventBusConfig:
         if self.wants_internal:
             host, port, secure = parse_server("mqttServerInternal", self.server_internal)
             _check(not secure, "mqttServerInternal", self.server_internal, "tcp://HOST:PORT: the broker has no TLS")
-            servers.append(Server(name=INTERNAL, host=host, port=port))
+            # amqtt speaks 3.1.1 alone, and leaves a client that dials with 5 without an answer.
+            protocol = "3.1.1" if self.protocol == "auto" else self.protocol
+            servers.append(Server(name=INTERNAL, host=host, port=port, protocol=protocol))
         return tuple(servers)
 
     def _external(self) -> Server:
@@ -131,7 +134,15 @@ class EventBusConfig:
             _check(False, "mqttServerExternal", self.server_external, "ssl://HOST:PORT while eventBusTLS.enable is on")
         if secure and tls is None:
             tls = TlsFiles()
-        return Server(name=EXTERNAL, host=host, port=port, tls=tls, username=self.username, password=self.password)
+        return Server(
+            name=EXTERNAL,
+            host=host,
+            port=port,
+            tls=tls,
+            username=self.username,
+            password=self.password,
+            protocol=self.protocol,
+        )
 
 
 def _check(holds: bool, key: str, value: object, rule: str, section: str = SECTION) -> None:

@@ -33,7 +33,10 @@ log = logging.getLogger("modules.eventbus")
 T = TypeVar("T")
 
 DIAL_SECONDS: Final = 10.0
-"For the TCP and TLS handshakes, and again for the CONNACK."
+"For the TCP and TLS handshakes."
+CONNACK_SECONDS: Final = 10.0
+FIRST_CONNACK_SECONDS: Final = 3.0
+"As long as it is not known whether the broker speaks MQTT 5: some that do not say nothing at all."
 STOP_SECONDS: Final = 2.0
 "For the last bytes of an orderly disconnect."
 STABLE_SECONDS: Final = 5.0
@@ -214,11 +217,12 @@ class MqttConnection:
         try:
             connack: asyncio.Future[Connected | str] = loop.create_future()
             self._open_session(wire, connack)
-            async with asyncio.timeout(DIAL_SECONDS):
-                either: set[asyncio.Future[Any]] = {connack, wire.closed}
-                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-                if not connack.done():
-                    return self._try_other_version(f"closed before CONNACK: {wire.closed.result()}")
+            either: set[asyncio.Future[Any]] = {connack, wire.closed}
+            patience = CONNACK_SECONDS if self._knows_mqtt5 or self._version is MQTT311 else FIRST_CONNACK_SECONDS
+            await asyncio.wait(either, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            if not connack.done():
+                fault = f"closed: {wire.closed.result()}" if wire.closed.done() else f"silent for {patience:.0f} s"
+                return self._try_other_version(f"no CONNACK, {fault}")
             answer = connack.result()
             if isinstance(answer, str):
                 return answer
@@ -330,7 +334,7 @@ class MqttConnection:
             self._wire.schedule_write()
 
     def _try_other_version(self, reason: str) -> str:
-        """After a dial that a broker ended without a word: one that does not know MQTT 5 does that."""
+        """After a dial without an answer: a broker that does not know MQTT 5 may give none."""
         if self._settings.protocol == "auto":
             self._version = MQTT311 if self._version is MQTT5 and not self._knows_mqtt5 else MQTT5
             self._client = None
