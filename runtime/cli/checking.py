@@ -214,7 +214,7 @@ def certificates(config: NodeConfig, now: datetime) -> Iterator[Finding]:
             yield Finding(subject, "fail", f"{name} is no PEM certificate: {fault}", "replace the file")
             continue
         yield lifetime(subject, certificate.not_valid_before_utc, certificate.not_valid_after_utc, now)
-        if name == hub.tls_cert_file:
+        if subject == "certificate":
             yield common_name(_common_name(certificate), config.node_name)
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(hub.tls_cert_file, hub.tls_private_key_file)
@@ -324,7 +324,10 @@ def reachable(subject: str, server: str, result: Exception | float) -> Finding:
             if "CERTIFICATE_REQUIRED" in str(result) or "HANDSHAKE_FAILURE" in str(result):
                 return Finding(subject, "ok", f"{server} answers, and asks for a certificate")
             return Finding(
-                subject, "fail", f"{server}: {result.reason or result}", "is that CloudHub's websocket port?"
+                subject,
+                "fail",
+                f"{server}: {getattr(result, 'reason', None) or result}",
+                "is that CloudHub's websocket port?",
             )
         case socket.gaierror():
             return Finding(
