@@ -212,6 +212,9 @@ class Connection:
         self._window.wrote(sum(map(len, payloads)), now=now)
         if barrier is not None:
             self._window.barrier_sent(now=now)
+            self._liveness.barrier_sent(
+                acknowledged_bytes=self._link.acknowledged_bytes(), unconfirmed_bytes=self._outbox.unconfirmed_bytes
+            )
             if not self._is_watching:
                 self._look.set()
 

@@ -120,7 +120,11 @@ class WebSocketLink(asyncio.Protocol):
         pieces = self._writer.texts(payloads)
         if barrier is not None:
             pieces.append(self._writer.control(PING, b"%d" % barrier))
-        self._transport.write(b"".join(pieces))
+        data = b"".join(pieces)
+        # The byte window bounds what lies in the kernel; a message larger than that goes alone, and a buffer of
+        # less than a few segments would only make it wait for delayed acknowledgements (40 ms each).
+        self.fit_send_buffer(2 * len(data))
+        self._transport.write(data)
 
     @property
     def is_writable(self) -> bool:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from modules.edgehub.config import Endpoint
+from modules.edgehub.config import EdgeHubConfig, Endpoint
+from modules.edgehub.hub import EdgeHub
 from modules.edgehub.link import LinkEvent, LinkLost, Passed
 from runtime.emp import Priority
 from runtime.errors import Refused
@@ -197,3 +200,23 @@ class FakeLink:
         if self._lost is None:
             self._lost = LinkLost(why, is_cut_by_cloud=is_cut_by_cloud)
         self._arrival.set()
+
+
+@asynccontextmanager
+async def running(config: EdgeHubConfig, *, seed: int = 1) -> AsyncIterator[tuple[EdgeHub, FakeBus]]:
+    """An EdgeHub on a fake bus, started; stopped at the end as the SDK does it."""
+    hub, bus = EdgeHub(config, chance=random.Random(seed)), FakeBus()
+    hub.bus = bus  # type: ignore[assignment]
+    async with asyncio.TaskGroup() as tasks:
+        hub.tasks = tasks
+        await hub.start()
+        try:
+            yield hub, bus
+        finally:
+            await hub.stop()
+            for task in list(tasks._tasks):
+                task.cancel()
+
+
+def upload(number: int, **content: Any) -> Message:
+    return Message.upload(f"default/device/{number % 7}", {"number": number, **content}, source="bus")

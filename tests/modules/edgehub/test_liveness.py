@@ -32,6 +32,7 @@ def test_any_progress_puts_it_off() -> None:
     dead_at(liveness, 100.0)
     liveness.progress(now=104.0)
     assert dead_at(liveness, 104.0) == 109.0
+    liveness.barrier_sent(acknowledged_bytes=500, unconfirmed_bytes=10_000)
     liveness.acknowledged(1000, now=108.0)
     assert dead_at(liveness, 108.0) == 113.0
 
@@ -39,9 +40,22 @@ def test_any_progress_puts_it_off() -> None:
 def test_acknowledgements_that_do_not_grow_are_no_progress() -> None:
     liveness = alive()
     dead_at(liveness, 100.0)
+    liveness.barrier_sent(acknowledged_bytes=0, unconfirmed_bytes=10_000)
     liveness.acknowledged(1000, now=101.0)
     liveness.acknowledged(1000, now=104.0)
     assert dead_at(liveness, 104.0) == 106.0
+
+
+def test_acknowledgements_of_what_follows_the_awaited_pong_are_no_progress() -> None:
+    """A CloudHub that hangs has a kernel that acknowledges what trickles in."""
+    liveness = alive()
+    dead_at(liveness, 100.0)
+    liveness.barrier_sent(acknowledged_bytes=50_000, unconfirmed_bytes=300)
+    for second in range(1, 30):
+        liveness.acknowledged(50_000 + 400 * second, now=100.0 + second)
+    due = dead_at(liveness, 129.0)
+    assert due is not None
+    assert due <= 112.0
 
 
 def test_an_answer_begins_the_count_anew() -> None:
