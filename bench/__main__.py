@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
 from bench import report
 from bench.bus import contenders, measure_bus
+from bench.children import ChildFailed
 from bench.machine import facts
+from bench.node import become_idle_sampler, measure_node, resume
 from bench.report import Results, as_json, as_text
 
 ROUNDS = 5
@@ -19,6 +22,8 @@ QUICK_ROUNDS = 1
 GROUPS = {
     "bus": (report.BUS_256, report.BUS_4096),
     "request": (report.REQUEST_P50,),
+    "node": (report.START,),
+    "idle": (),
 }
 "What `--only` takes, and the measures behind each word."
 
@@ -27,22 +32,48 @@ NOISY_PERCENT = 10.0
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options = _options()
+    if options.resume:
+        state = resume(options.resume)
+        return _finish(state.results, Path(state.json_path) if state.json_path else None)
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     wanted = options.only or list(GROUPS)
     results = Results(machine={**facts(), "quick": options.quick, "rounds": rounds})
     _say(f"{results.machine['cores']} cores, {results.machine['cpu']}, Python {results.machine['python']}")
     _say(f"load average {os.getloadavg()[0]:.2f}, {rounds} round(s)")
-    measures = [measure for word in wanted for measure in GROUPS.get(word, ())]
+    measures = [measure for word in wanted for measure in GROUPS[word]]
     measure_bus(results, contenders(options.contender), rounds=rounds, quick=options.quick, measures=measures, say=_say)
+    if "node" in wanted:
+        try:
+            measure_node(results, rounds=rounds, quick=options.quick, say=_say)
+        except ChildFailed as fault:
+            results.not_run["node"] = str(fault)
+            _say(f"node: FAILED: {fault}")
+    if "idle" in wanted:
+        try:
+            become_idle_sampler(results, quick=options.quick, json_path=options.json, say=_say)
+        except ChildFailed as fault:
+            results.not_run["idle"] = str(fault)
+            _say(f"idle: FAILED: {fault}")
+    return _finish(results, options.json)
+
+
+def _finish(results: Results, json_path: Path | None) -> int:
+    """Print and write; the exit status is 1 when something of ours that was asked for failed."""
     print("\n" + as_text(results))
     noise = max(results.others_cpu_percent, default=0.0)
     if noise > NOISY_PERCENT:
         print(f"\nnoisy: other processes used up to {noise:.0f} % of the machine during a round")
-    if options.json:
-        options.json.write_text(json.dumps(as_json(results), indent=2, ensure_ascii=False) + "\n")
-        print(f"\nwritten: {options.json}")
-    return 0
+    if json_path:
+        json_path.write_text(json.dumps(as_json(results), indent=2, ensure_ascii=False) + "\n")
+        print(f"\nwritten: {json_path}")
+    return 1 if any(is_ours(what) for what in results.not_run) else 0
+
+
+def is_ours(what: str) -> bool:
+    """Whether what was not run is of edgezmq itself, and not a peer that is not installed."""
+    return report.EDGEZMQ in what or what in ("node", "idle")
 
 
 def _options() -> argparse.Namespace:
@@ -57,6 +88,7 @@ def _options() -> argparse.Namespace:
         choices=[one.name for one in contenders()],
         help="only this contender; may be repeated",
     )
+    parser.add_argument("--resume", type=Path, help=argparse.SUPPRESS)  # see node.become_idle_sampler
     parser.add_argument("--quick", action="store_true", help="short rounds, one of each: does it work at all?")
     return parser.parse_args()
 

@@ -114,7 +114,7 @@ def _measure_flow(
 
 def flow(contender: Contender, count: int, size: int) -> Flow:
     """Send `count` messages of `size` bytes from one process to another. Raises ChildFailed."""
-    with _scratch() as directory, contender.serve(directory) as server:
+    with Scratch() as directory, contender.serve(directory) as server:
         arguments = {**server.arguments, "count": count, "size": size}
         receiving = worker(contender.side, "receiver", arguments, log=directory / "receiver.log")
         with receiving, worker(contender.side, "sender", arguments, log=directory / "sender.log") as sending:
@@ -173,7 +173,7 @@ def _measure_requests(results: Results, who: Sequence[Contender], rounds: int, q
 
 def requests(contender: Contender, count: int) -> list[float]:
     """Ask `count` times, one after another; what each took, in µs. Raises ChildFailed."""
-    with _scratch() as directory, contender.serve(directory) as server:
+    with Scratch() as directory, contender.serve(directory) as server:
         arguments = {**server.arguments, "count": count, "size": REQUEST_BYTES, "warm_up": WARM_UP_REQUESTS}
         with (
             worker(contender.side, "responder", arguments, log=directory / "responder.log"),
@@ -184,7 +184,7 @@ def requests(contender: Contender, count: int) -> list[float]:
             return took
 
 
-class _scratch(tempfile.TemporaryDirectory[str]):
+class Scratch(tempfile.TemporaryDirectory[str]):
     """A directory with a short path (an ipc socket's may have 107 bytes), gone afterwards."""
 
     def __init__(self) -> None:

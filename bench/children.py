@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -23,6 +24,10 @@ END_SECONDS = 10.0
 "For a child to end after SIGTERM; then SIGKILL."
 
 
+INPUT_SECONDS = 2.0
+"For a worker to end after its standard input; then SIGTERM."
+
+
 class ChildFailed(Exception):
     """A child ended, said nothing in time, or said something that is no JSON."""
 
@@ -34,9 +39,17 @@ class Child:
     """
 
     def __init__(
-        self, command: Sequence[str], *, env: Mapping[str, str] | None = None, log: Path | None = None
+        self,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        log: Path | None = None,
+        end_seconds: float = END_SECONDS,
+        ends_with_input: bool = False,
     ) -> None:
+        self._ends_with_input = ends_with_input
         self._log = log
+        self._end_seconds = end_seconds
         self._name = " ".join(Path(word).name for word in command[:4])
         errors = log.open("ab") if log else None
         try:
@@ -103,10 +116,14 @@ class Child:
 
     def end(self, *, hard: bool = False) -> None:
         """End it and what it started, and wait. Idempotent."""
+        if self._ends_with_input and not hard and self._process.stdin:
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                self._process.stdin.close()
+                self._process.wait(INPUT_SECONDS)
         if self._process.poll() is None:
             self._signal(signal.SIGKILL if hard else signal.SIGTERM)
             try:
-                self._process.wait(END_SECONDS)
+                self._process.wait(self._end_seconds)
             except subprocess.TimeoutExpired:
                 self._signal(signal.SIGKILL)
                 self._process.wait()
@@ -142,7 +159,12 @@ def worker(
     module: str, role: str, arguments: Mapping[str, Any], *, log: Path, env: Mapping[str, str] | None = None
 ) -> Child:
     """Start `python -m bench.worker` in the given role; it answers `{"ready": true}` when it is."""
-    child = Child([sys.executable, "-m", "bench.worker", module, role, json.dumps(arguments)], env=env, log=log)
+    child = Child(
+        [sys.executable, "-m", "bench.worker", module, role, json.dumps(arguments)],
+        env=env,
+        log=log,
+        ends_with_input=True,
+    )
     try:
         child.answer(START_SECONDS)
     except BaseException:

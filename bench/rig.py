@@ -1,0 +1,165 @@
+"""A whole node to measure: cloudsim, mosquitto, a configuration, and the node under the shipped supervisord.conf."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.children import Child, ChildFailed
+from bench.contenders import SERVER_SECONDS, mosquitto
+
+NODE_NAME = "bench-node"
+SERVED_SECONDS = 30.0
+END_SECONDS = 30.0
+"Modules may take 8 s to drain, one after another in the worst case."
+
+POLL_SECONDS = 0.005
+"Between two questions to cloudsim; what we may be late by."
+
+CONFIG = """\
+apiVersion: edgecore.config.kubeedge.io/v1alpha2
+kind: EdgeCore
+modules:
+  edged:
+    hostnameOverride: {node}
+  edgeHub:
+    # No limit: the stock 30 uploads a second would be all that is measured.
+    messageQPS: 0
+    tlsCaFile: {pki}/ca.crt
+    tlsCertFile: {pki}/{node}.crt
+    tlsPrivateKeyFile: {pki}/{node}.key
+    websocket:
+      enable: true
+      server: 127.0.0.1:{cloud_port}
+    quic:
+      enable: false
+  eventBus:
+    mqttMode: 2
+    mqttServerExternal: tcp://127.0.0.1:{mqtt_port}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Rig:
+    """What a node needs around it, running."""
+
+    home: Path
+    config: Path
+    control_port: int
+    mqtt_port: int
+    cloud: Child
+    relay: Child | None
+    relay_output: Path
+    mqtt: Child
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {"EDGEZMQ_HOME": str(self.home), "EDGEZMQ_BUS": "", "EDGEZMQ_CONFIG": ""}
+
+    @property
+    def endpoint(self) -> str:
+        return f"ipc://{self.home}/run/bus.sock"
+
+    def ask(self, path: str) -> dict[str, Any]:
+        """cloudsim's answer to a GET. Raises ChildFailed."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.control_port}{path}", timeout=10) as answer:
+                value: dict[str, Any] = json.load(answer)
+                return value
+        except (OSError, ValueError) as fault:
+            raise ChildFailed(f"cloudsim at {path}: {fault}") from fault
+
+    def arrived(self) -> int:
+        """Distinct messages that have come up."""
+        return int(self.ask("/received")["distinct"])
+
+    def logs(self) -> str:
+        """The ends of the node's logs, for a failure."""
+        parts = []
+        for path in sorted((self.home / "log").glob("*")):
+            text = path.read_text(errors="replace")[-1500:].strip()
+            if text:
+                parts.append(f"--- {path.name}\n{text}")
+        return "\n".join(parts)
+
+
+@contextmanager
+def rig(directory: Path, *, with_relay: bool = False) -> Iterator[Rig]:
+    """Start cloudsim and mosquitto, and write a configuration for them, all under `directory`."""
+    with ExitStack() as stack:
+        pki, home = directory / "cloud", directory / "home"
+        cloud = stack.enter_context(
+            Child(
+                [
+                    *(sys.executable, "-m", "cloudsim", "--dir", str(pki), "--node", NODE_NAME),
+                    # A reconnect is refused now and then by a real CloudHub (a race); here it would be noise.
+                    *("--port", "0", "--control-port", "0", "--replacement-race", "0"),
+                ],
+                log=directory / "cloudsim.log",
+            )
+        )
+        ports = _ready_line(cloud)
+        cloud_port, relay, relay_output = int(ports["port"]), None, directory / "relay.txt"
+        if with_relay:
+            relay = stack.enter_context(
+                Child([sys.executable, "-m", "bench.relay", f"127.0.0.1:{cloud_port}", str(relay_output)])
+            )
+            cloud_port = int(relay.answer(SERVER_SECONDS)["port"])
+        mqtt, mqtt_port = stack.enter_context(
+            mosquitto(directory, "persistence false\nmax_queued_messages 0\nmax_inflight_messages 1000\n")
+        )
+        config = directory / "edgecore.yaml"
+        config.write_text(CONFIG.format(node=NODE_NAME, pki=pki, cloud_port=cloud_port, mqtt_port=mqtt_port))
+        yield Rig(home, config, int(ports["control_port"]), mqtt_port, cloud, relay, relay_output, mqtt)
+
+
+def _ready_line(cloud: Child) -> dict[str, Any]:
+    line = cloud.line(SERVER_SECONDS)
+    _, found, document = line.partition("cloudsim ready ")
+    if not found:
+        raise ChildFailed(f"cloudsim said {line!r}, expected its ready line")
+    ports: dict[str, Any] = json.loads(document)
+    return ports
+
+
+def start_node(rig: Rig) -> Child:
+    """`edgezmq up` in the foreground: it becomes supervisord, so the child is the node."""
+    return Child(
+        [sys.executable, "-m", "runtime.cli", "up", "--config", str(rig.config)],
+        env=rig.env,
+        log=rig.home.parent / "up.log",
+        end_seconds=END_SECONDS,
+    )
+
+
+def wait_served(rig: Rig, node: Child, seconds: float = SERVED_SECONDS) -> None:
+    """Until cloudsim serves the node. Raises ChildFailed with the node's logs."""
+    deadline = time.monotonic() + seconds
+    while not rig.ask("/health")["served"]:
+        if not node.is_alive() or time.monotonic() > deadline:
+            raise ChildFailed(f"the link is not served after {seconds:.0f} s\n{rig.logs()}")
+        time.sleep(POLL_SECONDS)
+
+
+def wait_gone(rig: Rig, seconds: float = SERVED_SECONDS) -> None:
+    """Until cloudsim has noticed that the node is gone."""
+    deadline = time.monotonic() + seconds
+    while rig.ask("/health")["served"]:
+        if time.monotonic() > deadline:
+            raise ChildFailed(f"cloudsim still serves a node that ended {seconds:.0f} s ago")
+        time.sleep(POLL_SECONDS)
+
+
+def processes(rig: Rig, node: Child) -> dict[str, int]:
+    """Name to pid of everything that runs under the node's supervisord, and supervisord itself."""
+    from runtime.supervisord import Supervisor
+
+    programs = Supervisor(rig.home / "run" / "supervisor.sock").programs()
+    return {"supervisord": node.pid, **{program.name: program.pid for program in programs if program.pid}}
