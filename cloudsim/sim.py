@@ -214,9 +214,10 @@ class CloudSim:
             await self.shell.change()
 
     async def wait_for_uploads(self, count: int, node: str | None = None) -> list[Received]:
-        """Wait until `count` uploads have come (repeated ones counted); returns them. Put a timeout around it.
+        """Wait until `count` uploads have come, repeated ones counted. Put a timeout around it.
 
-        Without a node it is cheap at any rate; with one the held messages are counted each time.
+        Returns the uploads that are held (`SimConfig.max_events`). Without a node it is cheap at any
+        rate; with one the held messages are counted each time.
         """
         if node is None:
             await self.wait_for(lambda: self.recorder.by_module["router"] >= count)

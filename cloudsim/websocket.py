@@ -135,7 +135,7 @@ class Connection(asyncio.Protocol):
             if plain:
                 self._plain(plain)
             if ended:
-                self._end()
+                self._end("the node closed")
         except ssl.SSLError as error:
             log.info("tls failed: %s", error)
             self._abandon()
@@ -230,16 +230,15 @@ class Connection(asyncio.Protocol):
                 self._pong(frames.control_frame(frames.OPCODE_PONG, payload))
             elif kind == frames.CLOSE:
                 self._unwritten.append(frames.echoed_close(payload))
-                self._end()
+                self._end("the node sent a close frame")
                 break
             elif kind == frames.VIOLATION:
-                log.info("protocol violation connection=%d: %s", number, payload.decode())
                 self._unwritten.append(frames.violation_close(payload))
-                self._end()
+                self._end(f"protocol violation: {payload.decode()}")
                 break
             elif kind == frames.TOO_LARGE:
                 log.warning("message above the limit of this double connection=%d", number)
-                self._end()
+                self._end("a message above max_message_bytes")
                 break
         self._shell.settle()
 
@@ -257,7 +256,7 @@ class Connection(asyncio.Protocol):
             self._cut_next = False
             self._write(data[: max(len(data) // 2, 1)])
             self._flush()
-            self._end()
+            self._end("fault: close-mid-frame")
             return
         self._write(data)
 
@@ -304,7 +303,7 @@ class Connection(asyncio.Protocol):
         self._flush()
         self._end()
 
-    def _end(self) -> None:
+    def _end(self, reason: str = "the hub closed") -> None:
         if self._phase is _Phase.ENDED:
             return
         self._flush()
@@ -318,7 +317,7 @@ class Connection(asyncio.Protocol):
         self._write_tls()
         self._close_when_written()
         if self._number:
-            self._shell.closed(self._number, "the hub closed")
+            self._shell.closed(self._number, reason)
 
     def _close_when_written(self) -> None:
         if self._downward.is_clear and self._tcp is not None:

@@ -17,6 +17,7 @@ import pytest
 
 from cloudsim import CloudMessage, CloudSim, Fault, Header, Route
 from cloudsim.certificates import Authority
+from cloudsim.recorder import Happened
 from cloudsim.wire import encode
 from tests.cloudsim.rawnode import (
     RawNode,
@@ -435,6 +436,24 @@ def test_a_node_that_does_not_read_blocks_the_hubs_writer_and_nothing_is_lost(tm
             assert sim.sessions()[0]["queued_messages"] > 0
             for number in range(count):
                 assert (await node.message())["content"][:6] == f"{number:06}"
+
+    run(scenario())
+
+
+def test_the_reason_of_an_end_is_told_to_the_observer(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with cloud(tmp_path, max_message_bytes=1000) as sim:
+            for data, reason in (
+                (frame(8, b"\x03\xe8"), "the node sent a close frame"),
+                (b"\x81\x01x", "protocol violation: bad MASK"),
+                (frame(1, b"x" * 1001), "a message above max_message_bytes"),
+                (frame(1, b"[1]"), "undecodable message: message: a JSON list where an object belongs"),
+            ):
+                async with served(sim) as node:
+                    await node.send(data)
+                    await node.reader.read()
+                events = [event for event in sim.recorder.since(0)[1] if isinstance(event, Happened)]
+                assert events[-1].facts["reason"] == reason
 
     run(scenario())
 
