@@ -73,24 +73,24 @@ ACK_AT_ONCE: Final = 32
 "After a batch of so many messages its ACK is not left to the next turn of the loop."
 MAX_REQUESTERS: Final = 65536
 LINGER_MS: Final = 1000
+LAZY_ACK_SECONDS: Final = 0.01
+"Requests and replies are settled for the books only, nobody waits for it: their ACKs are collected for so long."
 
 _DATA: Final = Priority.DATA
 _REPLY: Final = int(Priority.REPLY)
 _REQUEST: Final = int(Priority.REQUEST)
 
 
-class Receipt:
+class Receipt(msgspec.Struct, eq=False):
     """What became of one message; await it, or look.
 
     `await receipt` returns None once the receiver (of a group: every member) has handled the message, and
     raises Refused otherwise.
     """
 
-    __slots__ = ("_batch", "_number")
-
-    def __init__(self, batch: OutBatch, number: int) -> None:
-        self._batch = batch
-        self._number = number
+    # A Struct for its constructor in C: one is made for each message.
+    _batch: OutBatch
+    _number: int
 
     @property
     def settled(self) -> bool:
@@ -296,6 +296,7 @@ class Bus:
         self._flushing = False
         self._reading = False
         self._timer: asyncio.TimerHandle | None = None
+        self._lazy: asyncio.TimerHandle | None = None
         self._attached = asyncio.Event()
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._fresh: asyncio.Future[None] | None = None
@@ -395,8 +396,9 @@ class Bus:
             await asyncio.wait(tasks)
         self._core.bye(leaving=leaving, now=self._loop.time())
         self._transmit(socket)
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._lazy):
+            if timer is not None:
+                timer.cancel()
         self._loop.remove_reader(self._fd)
         self._loop.remove_reader(self._monitor_fd)
         if self._monitor is not None:
@@ -432,7 +434,7 @@ class Bus:
             await self._wait_room(lane, size)
         elif size > limits.message_bytes:
             raise MessageTooLarge(size, limits.message_bytes)
-        batch = core.put(lane, data, deadline=None if ttl is None else self._loop.time() + ttl)
+        batch = core.put(lane, data) if ttl is None else core.put_with(lane, data, 0, self._loop.time() + ttl, None)
         if lane.open is None:
             self._flush_lane(lane)
         elif not self._flushing:
@@ -448,7 +450,7 @@ class Bus:
         data = self._encode(message)
         if lane.waiters or not self._core.has_room(lane, len(data)):
             raise Congested(f"the window to {to} is full: {lane.messages} messages, {lane.size} bytes unsettled")
-        batch = self._core.put(lane, data, deadline=None if ttl is None else self._loop.time() + ttl)
+        batch = self._core.put_with(lane, data, 0, None if ttl is None else self._loop.time() + ttl, None)
         receipt = Receipt(batch, lane.next - 1)
         if lane.open is None:
             self._flush_lane(lane)
@@ -475,7 +477,7 @@ class Bus:
             if lane.waiters or not self._core.has_room(lane, len(data)):
                 async with asyncio.timeout_at(deadline):
                     await self._wait_room(lane, len(data))
-            batch = self._core.put(lane, data, flags=emp.EXPECTS_REPLY, deadline=deadline)
+            batch = self._core.put_with(lane, data, emp.EXPECTS_REPLY, deadline, None)
             lane.open = None
             batch.waiters = [(batch.first, (_refuse_request, (future, batch)))]
             self._flush()
@@ -506,7 +508,7 @@ class Bus:
             async with asyncio.timeout_at(deadline):
                 if lane.waiters or not self._core.has_room(lane, len(data)):
                     await self._wait_room(lane, len(data))
-                batch = self._core.put(lane, data, flags=emp.EXPECTS_REPLY, deadline=deadline)
+                batch = self._core.put_with(lane, data, emp.EXPECTS_REPLY, deadline, None)
                 lane.open = None
                 number = batch.first
                 waits[number] = waiter
@@ -537,7 +539,7 @@ class Bus:
             reply = msgspec.structs.replace(reply, parent_id=request.id)
         data = self._encode(reply)
         lane = self._lanes.get((sender, _REPLY)) or self._new_lane(sender, Priority.REPLY)
-        batch = self._core.put(lane, data, flags=emp.REPLY, requester=incarnation)
+        batch = self._core.put_with(lane, data, emp.REPLY, None, incarnation)
         receipt = Receipt(batch, lane.next - 1)
         self._flush_soon()
         return receipt
@@ -666,6 +668,11 @@ class Bus:
                 self._reading = True
                 self._loop.call_soon(self._read)
 
+    def _flush_lazy(self) -> None:
+        self._lazy = None
+        self._core.flush_lazy()
+        self._flush()
+
     def _flush_lane(self, lane: OutLane) -> None:
         socket = self._socket
         if socket is None:
@@ -713,6 +720,8 @@ class Bus:
             self._fresh.set_result(None)
         if core.out or core.has_acks:
             self._flush_soon()
+        elif core.has_lazy_acks and self._lazy is None:
+            self._lazy = self._loop.call_later(LAZY_ACK_SECONDS, self._flush_lazy)
         if not self._reading and int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             self._reading = True
             self._loop.call_soon(self._read)
@@ -930,9 +939,14 @@ class Bus:
                 if reason is not None:
                     self._requesters.pop(message.id, None)
                 self._core.finish(handling.lane, handling.number, reason)
-                self._flush_soon()
         finally:
             self._running.discard(handling)
+            if self._running:
+                self._flush_soon()
+            else:
+                self._flush()  # a lone request: its reply need not wait for the loop's next turn
+            if self._core.has_lazy_acks and self._lazy is None:
+                self._lazy = self._loop.call_later(LAZY_ACK_SECONDS, self._flush_lazy)
 
     async def _retry(self, handling: _Handling, message: Message, fault: BaseException) -> str | None:
         """The handler has raised: try again, then give the reason to refuse with. A real cancellation goes on."""

@@ -20,6 +20,8 @@ from runtime.errors import HelloRefused, MalformedFrame, MalformedMessage, NameT
 from runtime.message import Message, decode_batch, join_batch
 
 REPLY: Final = int(emp.Priority.REPLY)
+LAZY_PRIORITY: Final = int(emp.Priority.REQUEST)
+"Lanes up to this one are acknowledged without haste: the reply has told the requester already."
 HELLO_AGAIN_SECONDS: Final = 0.5
 "An unanswered HELLO is repeated this often (rule 10)."
 MAX_IN_LANES: Final = 4096
@@ -53,6 +55,7 @@ class OutBatch:
         "first",
         "flags",
         "parts",
+        "plain",
         "refusals",
         "requester",
         "retain_counter",
@@ -71,6 +74,8 @@ class OutBatch:
         self.body = b""
         self.sent = False
         self.flags = 0
+        self.plain = True
+        "Nothing special in its header: no flags, no deadline, no requester."
         self.deadline: float | None = None
         self.requester: bytes | None = None
         self.retain_key: str | None = None
@@ -299,6 +304,7 @@ class ClientCore:
         self._in: dict[tuple[bytes, str, int], InLane] = {}
         self._generations: dict[str, int] = {}
         self._dirty: list[InLane] = []
+        self._lazy: list[InLane] = []
         self._waiters: dict[str, Any] = {}
         self._retained: dict[tuple[str, str], _Retained] = {}
         self._retain_counter = 0
@@ -321,25 +327,30 @@ class ClientCore:
             or lane.priority == REPLY
         )
 
-    def put(
-        self,
-        lane: OutLane,
-        data: bytes,
-        *,
-        flags: int = 0,
-        deadline: float | None = None,
-        requester: bytes | None = None,
-    ) -> OutBatch:
-        """Give an encoded message its place. Its number is `batch.first + batch.count - 1` right now.
+    def put(self, lane: OutLane, data: bytes) -> OutBatch:
+        """Give an encoded message its place. Its number is `lane.next - 1` after the call.
 
-        The caller has asked `has_room`. Nothing is sent before `flush`.
+        The caller has asked `has_room`. Nothing is sent before `flush`; `lane.open` is None when a batch is full.
         """
+        batch = lane.open
+        if batch is None or not batch.plain:
+            batch = self._open(lane)
+        return self._append(lane, batch, data)
+
+    def put_with(
+        self, lane: OutLane, data: bytes, flags: int, deadline: float | None, requester: bytes | None
+    ) -> OutBatch:
+        """`put` with what stands in the batch's header: flags, deadline (seconds), the requester of a reply."""
         batch = lane.open
         if batch is None or batch.flags != flags or batch.deadline != deadline or batch.requester != requester:
             batch = self._open(lane)
             batch.flags = flags
             batch.deadline = deadline
             batch.requester = requester
+            batch.plain = not flags and deadline is None and requester is None
+        return self._append(lane, batch, data)
+
+    def _append(self, lane: OutLane, batch: OutBatch, data: bytes) -> OutBatch:
         size = len(data)
         batch.parts.append(data)
         batch.count += 1
@@ -370,6 +381,7 @@ class ClientCore:
         lane = self.lane(retained.destination, retained.priority)
         batch = self._open(lane)
         batch.flags = emp.RETAIN
+        batch.plain = False
         batch.retain_key = retained.key
         batch.retain_counter = retained.counter
         batch.parts.append(retained.data)
@@ -535,6 +547,7 @@ class ClientCore:
     def bye(self, *, leaving: bool, now: float) -> None:
         """The last frame."""
         if self.state is State.ATTACHED:
+            self.flush_lazy()
             self.flush(now)
             self.out.append(emp.encode(emp.BYE, emp.Bye(leaving)))
         self.state = State.ENDED
@@ -847,7 +860,7 @@ class ClientCore:
                 late.discard(lane.done)
             if not lane.dirty:
                 lane.dirty = True
-                self._dirty.append(lane)
+                (self._dirty if lane.priority > LAZY_PRIORITY or lane.failed else self._lazy).append(lane)
         else:
             lane.late.add(number)
 
@@ -860,9 +873,20 @@ class ClientCore:
     def has_acks(self) -> bool:
         return bool(self._dirty)
 
+    @property
+    def has_lazy_acks(self) -> bool:
+        """ACKs of requests and replies, for which nobody waits: they go with the next ones, or after `flush_lazy`."""
+        return bool(self._lazy)
+
+    def flush_lazy(self) -> None:
+        """The next `flush` sends the lazy ACKs too."""
+        self._dirty.extend(self._lazy)
+        self._lazy.clear()
+
     def _acknowledge(self) -> None:
         """One ACK for all lanes on which something was finished. Only what this session delivered (rule 7)."""
-        dirty, self._dirty = self._dirty, []
+        dirty, self._dirty = self._dirty + self._lazy, []
+        self._lazy = []
         entries: list[tuple[int, int, list[tuple[int, str]]]] = []
         for lane in dirty:
             lane.dirty = False

@@ -120,18 +120,24 @@ class Message(msgspec.Struct, array_like=True, frozen=True, gc=False):
         `content` of type bytes becomes kind ``bytes``, of type str ``text``; anything else becomes
         ``json``. Raises InvalidMessage for a value that JSON cannot hold (NaN, sets of objects, …).
         """
-        kind, data = encode_content(content)
+        kind: Kind
+        if type(content) is bytes:
+            kind, data = BYTES, content
+        else:
+            kind, data = encode_content(content)
+        # By position: the order of the fields below.
         return cls(
-            id=new_id(),
-            parent_id=parent_id,
-            timestamp=time.time_ns() // 1_000_000,
-            resource_version=resource_version,
-            source=source,
-            group=group,
-            resource=resource,
-            operation=operation,
-            kind=kind,
-            content=data,
+            new_id(),
+            parent_id,
+            time.time_ns() // 1_000_000,
+            False,
+            resource_version,
+            source,
+            group,
+            resource,
+            operation,
+            kind,
+            data,
         )
 
     @classmethod

@@ -285,7 +285,7 @@ class World:
         if request:
             core.expect(message.id, message.id)
         deadline = self.now + self.random.uniform(0.05, 2.0) if self.random.random() < 0.1 else None
-        batch = core.put(lane, data, flags=emp.EXPECTS_REPLY if request else 0, deadline=deadline)
+        batch = core.put_with(lane, data, emp.EXPECTS_REPLY if request else 0, deadline, None)
         if core.epoch and lane.messages > self.window and lane.messages > 1 and before >= self.window:
             raise Violation(f"window exceeded: {lane.messages}")
         members = tuple(
@@ -359,7 +359,7 @@ class World:
             self.message_serial += 1
             reply = Message(id=f"r{self.message_serial}", parent_id=job.message.id, source=process.name, content=b"1")
             lane = core.lane(job.header.sender, 0)
-            core.put(lane, encode_message(reply), flags=emp.REPLY, requester=job.header.incarnation)
+            core.put_with(lane, encode_message(reply), emp.REPLY, None, job.header.incarnation)
         process.core.finish(job.lane, job.number)
 
     def expire(self, process: Process) -> None:
@@ -388,6 +388,8 @@ class World:
             request = r.random() < 0.25
             self.send(process, destination, 1 if request else r.choice((2, 3, 3)), request=request)
         elif action < 0.34:
+            if r.random() < 0.3:
+                process.core.flush_lazy()
             process.core.flush(self.now)
             self.collect(process)
         elif action < 0.54:
@@ -494,6 +496,7 @@ class World:
                     self.complete(process, process.running.pop(0))
                 while process.deferred:
                     self.complete(process, process.deferred.pop(0))
+                process.core.flush_lazy()
                 process.core.flush(self.now)
                 self.collect(process)
             if round_ > 340 and self.quiet():
