@@ -20,6 +20,7 @@ from typing import Any, Final, NoReturn
 import zmq
 
 from runtime.admin import AdminClient, AdminRefused
+from runtime.disabled import exit_disabled
 from runtime.errors import AlreadyRunning
 from runtime.home import Home, bus_endpoint, find_home
 from runtime.locks import die_with_parent, hold
@@ -216,7 +217,7 @@ def main() -> NoReturn:
     enabled, settings = settings_of(node)
     if not enabled:
         log("INFO", "disabled by runtime.watchdog.enable: false")
-        sys.exit(0)
+        exit_disabled()
     try:
         lock = hold(home.lock(NAME))
     except AlreadyRunning as taken:

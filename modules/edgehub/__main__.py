@@ -9,6 +9,7 @@ from modules.edgehub.config import EdgeHubConfig
 from modules.edgehub.hub import EdgeHub
 from modules.edgehub.link import make_link
 from runtime import config, logs
+from runtime.disabled import exit_disabled
 from runtime.errors import ConfigError
 from runtime.home import find_home
 from runtime.module import EXIT_CONFIG, run
@@ -21,7 +22,7 @@ def main() -> None:
         node = config.load(find_home().path)
         if not node.edge_hub.enable:
             log.info("modules.edgeHub.enable is off: nothing to do")
-            sys.exit(0)
+            exit_disabled()
         settings = EdgeHubConfig.from_node(node)
         make_link(settings)  # a protocol without an adapter is an error of the configuration
     except ConfigError as fault:

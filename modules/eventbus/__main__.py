@@ -8,6 +8,7 @@ import sys
 from modules.eventbus.bus import EventBus
 from modules.eventbus.config import from_node
 from runtime import config, logs
+from runtime.disabled import exit_disabled
 from runtime.errors import ConfigError
 from runtime.home import find_home
 from runtime.module import run
@@ -21,7 +22,7 @@ def main() -> None:
         settings = from_node(config.load(home.path))
         if not settings.enable:
             log.info("modules.eventBus.enable is off: nothing to do")
-            sys.exit(0)
+            exit_disabled()
         module = EventBus(settings, home.data)
     except ConfigError as fault:
         log.error("%s", fault)  # one line that names key, value and rule; a traceback would bury it

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from modules.eventbus.config import EventBusConfig, from_node, parse_server
 from runtime import config, locks, logs
+from runtime.disabled import exit_disabled
 from runtime.errors import AlreadyRunning, ConfigError
 from runtime.home import find_home
 
@@ -75,7 +76,7 @@ def main() -> None:
         settings = from_node(config.load(home.path))
         if not settings.enable or not settings.wants_internal:
             log.info("not asked for: enable=%s mqttMode=%d", settings.enable, settings.mode)
-            sys.exit(0)
+            exit_disabled()
         python = find_python(candidates(settings))
         if python is None:
             log.error("%s", how_to_install(settings))
