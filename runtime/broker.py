@@ -13,7 +13,6 @@ import faulthandler
 import gc
 import logging
 import os
-import secrets
 import select
 import signal
 import sys
@@ -23,7 +22,7 @@ from typing import Final
 
 import zmq
 
-from runtime import emp, locks, logs
+from runtime import emp, locks, logs, memory
 from runtime.config import NodeConfig, load
 from runtime.errors import EdgezmqError
 from runtime.home import Home, find_home
@@ -211,8 +210,8 @@ def make_core(config: NodeConfig, now: float) -> RoutingCore:
     """The core for a node's configuration, with a fresh epoch."""
     section = config.runtime.broker
     return RoutingCore(
-        epoch=secrets.token_bytes(emp.EPOCH_BYTES),
-        session_base=secrets.randbits(38) << 24,
+        epoch=os.urandom(emp.EPOCH_BYTES),
+        session_base=int.from_bytes(os.urandom(4), "big") << 24,
         clock_ms=int(time.clock_gettime(time.CLOCK_BOOTTIME) * 1000),
         now=now,
         limits=BrokerLimits(
@@ -245,7 +244,7 @@ def serve(config: NodeConfig, home: Home, *, endpoint: str | None = None) -> Non
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: broker.stop())
         log.info("serving endpoint=%s epoch=%s", endpoint, core.epoch.hex())
-        gc.freeze()
+        memory.settle()
         gc.set_threshold(20_000, 20, 50)
         try:
             broker.run()

@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import secrets
 import sys
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Mapping
@@ -280,7 +279,7 @@ class Bus:
         self._counters = counters
         self._core = ClientCore(
             name,
-            incarnation=secrets.token_bytes(emp.INCARNATION_BYTES),
+            incarnation=os.urandom(emp.INCARNATION_BYTES),
             groups=tuple(check_name(group) for group in groups),
             liveness_seconds=liveness,
             sdk=f"edgezmq-python/{runtime.__version__}",

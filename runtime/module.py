@@ -16,14 +16,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import faulthandler
-import gc
 import logging
 import signal
 import sys
 from collections.abc import Set as AbstractSet
 from typing import ClassVar, Final, NoReturn
 
-from runtime import locks, logs
+from runtime import locks, logs, memory
 from runtime.client import Bus
 from runtime.config import NodeConfig, load
 from runtime.errors import ConfigError, EdgezmqError, Fenced, HelloRefused, NameTaken
@@ -164,8 +163,7 @@ async def _live(module: Module, bus: Bus, stopping: asyncio.Event) -> None:
         own = await stack.enter_async_context(module.tasks)
         await module.start()
         bus.open()
-        gc.collect()
-        gc.freeze()
+        memory.settle()
         await stopping.wait()
         log.info("draining name=%s seconds=%s", module.name, module.drain_timeout)
         loop = asyncio.get_running_loop()

@@ -13,7 +13,6 @@ name with its mailbox, which is its outlets; its *incarnation* is the process th
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, NamedTuple, Protocol
@@ -1340,15 +1339,15 @@ class RoutingCore:
     def _source(self, name: str) -> _Incarnation:
         source = self._sources.get(name)
         if source is None:
-            digest = hashlib.blake2b(name.encode(), digest_size=emp.INCARNATION_BYTES - emp.EPOCH_BYTES).digest()
+            number = len(self._sources).to_bytes(emp.INCARNATION_BYTES - emp.EPOCH_BYTES, "big")
             module = _Module(name, declared=True, groups=frozenset(), now=self._started)
-            source = self._sources[name] = _Incarnation(module, self.epoch + digest, 0)
+            source = self._sources[name] = _Incarnation(module, self.epoch + number, 0)
         return source
 
     def _deliver_retained(self, module: _Module, now: float) -> None:
         """Give a process that has just come the last version of what its groups retain.
 
-        They come on lanes of the broker's own, with the source's name and an incarnation made of epoch and name.
+        They come on lanes of the broker's own, with the source's name and an incarnation made of the epoch and a number.
         """
         for (name, destination, _), kept in self._retained.items():
             if group_name(destination) not in module.groups:
