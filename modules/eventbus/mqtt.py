@@ -16,17 +16,20 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, Final, Protocol, TypeVar
 
-from paho.mqtt import client as paho
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
-from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
-from paho.mqtt.reasoncodes import ReasonCode
-from paho.mqtt.subscribeoptions import SubscribeOptions
-
 from modules.eventbus.backoff import Backoff
 from modules.eventbus.config import SECTION, Server, TlsFiles
+from modules.eventbus.lean import absent
 from modules.eventbus.packets import MalformedPacket, PacketReader, puback
 from runtime.errors import ConfigError
+
+# For proxies of MQTT over websockets, which is not used here; it would bring http.client and email, 1.8 MiB.
+with absent("urllib.request"):
+    from paho.mqtt import client as paho
+    from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+    from paho.mqtt.packettypes import PacketTypes
+    from paho.mqtt.properties import Properties
+    from paho.mqtt.reasoncodes import ReasonCode
+    from paho.mqtt.subscribeoptions import SubscribeOptions
 
 log = logging.getLogger("modules.eventbus")
 

@@ -35,9 +35,15 @@ def test_every_key_of_the_section_arrives() -> None:
     config = from_node(NodeConfig(node_name="n1", event_bus=section, runtime=RuntimeSection(eventbus=own)))
     external, internal = config.servers()
     assert external == Server(
-        name="external", host="mqtt.example", port=8884, tls=TlsFiles("ca", "crt", "key"), username="u", password="p"
+        name="external",
+        host="mqtt.example",
+        port=8884,
+        tls=TlsFiles("ca", "crt", "key"),
+        username="u",
+        password="p",
+        protocol="3.1.1",
     )
-    assert internal == Server(name="internal", host="127.0.0.1", port=1999)
+    assert internal == Server(name="internal", host="127.0.0.1", port=1999, protocol="3.1.1")
     assert config.wants_internal
     assert config.session_client_id == "my-id"
     assert (config.semantics, config.protocol) == (Semantics.Y2019, "3.1.1")
@@ -115,6 +121,11 @@ def test_only_the_servers_of_the_mode_are_checked_and_used() -> None:
     assert [s.name for s in EventBusConfig(mode=0, server_external="nonsense").servers()] == ["internal"]
     assert [s.name for s in EventBusConfig(mode=1).servers()] == ["external", "internal"]
     assert [s.name for s in EventBusConfig(mode=2, server_internal="nonsense").servers()] == ["external"]
+
+
+def test_the_built_in_broker_is_dialled_with_the_one_version_it_speaks() -> None:
+    assert [server.protocol for server in EventBusConfig(mode=1).servers()] == ["auto", "3.1.1"]
+    assert [server.protocol for server in EventBusConfig(mode=1, protocol="5").servers()] == ["5", "5"]
 
 
 def test_a_server_does_not_show_its_password() -> None:
