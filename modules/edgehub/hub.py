@@ -12,7 +12,7 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from modules.edgehub import cloud
@@ -21,7 +21,7 @@ from modules.edgehub.config import EdgeHubConfig
 from modules.edgehub.connection import Connection, Settles
 from modules.edgehub.dispatch import Received, Seen, destination
 from modules.edgehub.lanes import Lanes
-from modules.edgehub.link import make_link
+from modules.edgehub.link import Link, make_link
 from modules.edgehub.outbox import Class, Outbox, OutboxLimits
 from modules.edgehub.session import (
     Action,
@@ -98,10 +98,17 @@ class EdgeHub(Module):
     prefetch_messages = 16_384
     prefetch_bytes = 16 * 2**20
 
-    def __init__(self, config: EdgeHubConfig | None = None, *, chance: random.Random | None = None) -> None:
+    def __init__(
+        self,
+        config: EdgeHubConfig | None = None,
+        *,
+        chance: random.Random | None = None,
+        factory: Callable[[EdgeHubConfig], Link] = make_link,
+    ) -> None:
         """Without `config` it comes from the node's configuration (`start` then raises ConfigError)."""
         self._given_config = config
         self._chance = chance or random.Random()
+        self._factory = factory
         self._keeper: SyncKeeper[_Asked] = SyncKeeper()
         self._received = Received()
         self._counts: Counter[str] = Counter()
@@ -117,7 +124,7 @@ class EdgeHub(Module):
     async def start(self) -> None:
         """KubeEdge's initial: tell everybody that the cloud is not there yet, begin to dial."""
         config = self._given_config or EdgeHubConfig.from_node(self.node)
-        make_link(config)  # a wrong protocol is an error now, not at the first dial
+        self._factory(config)  # a wrong protocol is an error now, not at the first dial
         self._config = config
         self._loop = asyncio.get_running_loop()
         self._outbox: Outbox[Settles] = Outbox(OutboxLimits(config.memory_messages, config.memory_bytes))
@@ -152,7 +159,7 @@ class EdgeHub(Module):
             self.perform(session.expire(now=self._loop.time()))
             if self._dial is not None:
                 endpoint, self._dial = self._dial.endpoint, None
-                link = make_link(self._config)
+                link = self._factory(self._config)
                 self._connection = Connection(
                     self._config, link, self, session, self._outbox, self._bucket, self._lanes
                 )

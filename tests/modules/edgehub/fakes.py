@@ -11,10 +11,10 @@ from typing import Any
 
 from modules.edgehub.config import EdgeHubConfig, Endpoint
 from modules.edgehub.hub import EdgeHub
-from modules.edgehub.link import LinkEvent, LinkLost, Passed
+from modules.edgehub.link import Link, LinkEvent, LinkLost, Passed, Received, make_link
 from runtime.emp import Priority
 from runtime.errors import Refused
-from runtime.message import Delivery, Message, current_handling
+from runtime.message import Delivery, Message, current_handling, from_cloud_json, to_cloud_json
 
 
 class FakeDeferral:
@@ -139,35 +139,64 @@ class FakeBus:
         return [sent.message for sent in self.sent if sent.to == to]
 
 
+class FakeCloud:
+    """Makes FakeLinks, one per dial; `links[-1]` is the newest. `faults` are raised by the first dials."""
+
+    def __init__(self, *, greets: bool = True, answers_barriers: bool = True) -> None:
+        self.links: list[FakeLink] = []
+        self.faults: list[Exception] = []
+        self.greets = greets
+        self.answers_barriers = answers_barriers
+
+    def __call__(self, config: EdgeHubConfig) -> FakeLink:
+        return FakeLink(self)
+
+    @property
+    def link(self) -> FakeLink:
+        return self.links[-1]
+
+    def written(self) -> list[Message]:
+        """What went up over all links, without keepalives and greetings."""
+        messages = [from_cloud_json(payload) for link in self.links for payload in link.written]
+        return [m for m in messages if m.operation != "keepalive" and m.resource != "k8s/ca.crt"]
+
+
 class FakeLink:
     """A Link whose far end is the test: it reads `written`, feeds `arrive`, ends with `lose`."""
 
-    def __init__(self, *, answers_barriers: bool = True) -> None:
+    def __init__(self, cloud: FakeCloud) -> None:
+        self.cloud = cloud
         self.opened: list[Endpoint] = []
         self.written: list[bytes] = []
         self.barriers: list[int] = []
-        self.answers_barriers = answers_barriers
         self.closed: list[bool] = []
         self.acknowledged = 0
         self.is_writable = True
-        self.fault: Exception | None = None
         self._events: list[LinkEvent] = []
         self._arrival = asyncio.Event()
         self._lost: LinkLost | None = None
 
     async def open(self, endpoint: Endpoint) -> None:
         self.opened.append(endpoint)
-        if self.fault is not None:
-            raise self.fault
+        self.cloud.links.append(self)
+        if self.cloud.faults:
+            raise self.cloud.faults.pop(0)
 
     def write(self, payloads: Sequence[bytes], barrier: int | None = None) -> None:
         if self._lost is not None:
             return
         self.written += payloads
+        for payload in payloads:
+            if self.cloud.greets and b"k8s/ca.crt" in payload:
+                self.down(from_cloud_json(payload).response("CA"))
         if barrier is not None:
             self.barriers.append(barrier)
-            if self.answers_barriers:
+            if self.cloud.answers_barriers:
                 self.arrive(Passed(barrier))
+
+    def down(self, message: Message) -> None:
+        """Send a message to the node."""
+        self.arrive(Received(to_cloud_json(message)))
 
     async def wait_writable(self) -> None:
         while not self.is_writable:
@@ -203,9 +232,11 @@ class FakeLink:
 
 
 @asynccontextmanager
-async def running(config: EdgeHubConfig, *, seed: int = 1) -> AsyncIterator[tuple[EdgeHub, FakeBus]]:
+async def running(
+    config: EdgeHubConfig, *, seed: int = 1, factory: Callable[[EdgeHubConfig], Link] = make_link
+) -> AsyncIterator[tuple[EdgeHub, FakeBus]]:
     """An EdgeHub on a fake bus, started; stopped at the end as the SDK does it."""
-    hub, bus = EdgeHub(config, chance=random.Random(seed)), FakeBus()
+    hub, bus = EdgeHub(config, chance=random.Random(seed), factory=factory), FakeBus()
     hub.bus = bus  # type: ignore[assignment]
     async with asyncio.TaskGroup() as tasks:
         hub.tasks = tasks
