@@ -8,6 +8,7 @@ cost a node next to nothing.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import signal
@@ -205,6 +206,7 @@ def settings_of(node: dict[str, Any]) -> tuple[bool, WatchSettings]:
 
 def main() -> NoReturn:
     die_with_parent()
+    faulthandler.enable()
     home = find_home()
     # Read as plain JSON, not with runtime.config: msgspec would be a tenth of this process. The CLI has checked it.
     try:

@@ -267,12 +267,16 @@ class Watching:
     def _by_pid(self, pid: int) -> _Watched | None:
         return next((w for w in self._programs.values() if pid and w.pid == pid), None)
 
-    @staticmethod
-    def _is_awaited(watched: _Watched) -> bool:
+    def _is_awaited(self, watched: _Watched) -> bool:
         """Whether supervisord still has to do something that a poke makes happen sooner."""
-        if watched.state in ("STARTING", "BACKOFF", "STOPPING"):
-            return True
-        return watched.state == "RUNNING" and watched.pid == watched.died_pid
+        match watched.state:
+            case "STARTING" | "BACKOFF" | "STOPPING":
+                return True
+            case "RUNNING":
+                return watched.pid == watched.died_pid
+            case "EXITED":
+                return watched.pid != 0 and self._pokes_left > 0
+        return False
 
     def _update(self, watched: _Watched, seen: Seen, now: float) -> list[Action]:
         actions: list[Action] = []
@@ -288,7 +292,8 @@ class Watching:
             watched.pid = seen.pid
         elif watched.pid:
             watched.died_pid = watched.pid
-            if seen.state in ("STOPPED", "EXITED"):
+            # EXITED is also what supervisord says between reaping a process and starting it again.
+            if seen.state == "STOPPED" or (seen.state == "EXITED" and not self._pokes_left):
                 watched.pid = 0
         watched.state = seen.state
         if seen.state == "FATAL":

@@ -45,7 +45,7 @@ from runtime.module import Module, run
 
 class Hanger(Module):
     name = "hanger"
-    liveness = 1.0
+    liveness = 2.0
 
     async def handle(self, message):
         while message.text() == "hang":

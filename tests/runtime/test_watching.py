@@ -79,6 +79,27 @@ def test_supervisord_is_poked_until_the_new_process_runs_and_not_longer() -> Non
     assert [action for _, action in run_until(core, 7.2)].count(Poke()) == 1
 
 
+def test_a_process_seen_between_its_end_and_its_new_start_is_awaited_and_counted() -> None:
+    core = watching(Seen("edgehub", "RUNNING", 10))
+    core.died(10, now=1.0)
+    core.programs([Seen("edgehub", "EXITED", 0)], now=1.01)
+    assert core.next_deadline() == 1.0 + FAST_POKE_SECONDS
+    core.programs([Seen("edgehub", "STARTING", 11)], now=1.02)
+    assert core.statistics()["edgehub"].restarts == 1
+
+
+def test_a_module_that_ended_by_itself_is_not_awaited_for_ever() -> None:
+    core = watching(Seen("disabled", "RUNNING", 10))
+    core.died(10, now=1.0)
+    core.programs([Seen("disabled", "EXITED", 0)], now=1.0)
+    while (now := core.next_deadline()) < 5.0:
+        if Poke() in core.expire(now=now):
+            core.programs([Seen("disabled", "EXITED", 0)], now=now)
+    assert core.next_deadline() >= 5.0
+    core.programs([Seen("disabled", "STARTING", 12)], now=6.0)  # an operator tries it
+    assert core.statistics()["disabled"].restarts == 0
+
+
 def test_a_program_that_stays_down_is_poked_fast_for_half_a_second_then_slowly() -> None:
     core = watching(Seen("edgehub", "RUNNING", 10))
     core.died(10, now=0.0)
