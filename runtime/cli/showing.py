@@ -31,6 +31,8 @@ def show(*, as_json: bool, watch_seconds: float) -> int:
     """Print the status once, or for ever; the exit status."""
     home = find_home()
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDE)
     while True:
         status = collect(home)
         if as_json:
@@ -236,7 +238,7 @@ def render(status: dict[str, Any], console: Console) -> None:
         Text.assemble(("node ", "bold"), (status["node"], "bold"), f"  {status['home']}\n", cloud, f"   bus {held}"),
         soft_wrap=True,
     )
-    console.print(_table(status, console.width if console.is_terminal else _WIDE))
+    console.print(_table(status, console.width))
     for module in status["modules"]:
         if reasons := {reason: n for reason, n in (module.get("refused") or {}).items() if n}:
             said = ", ".join(f"{reason} {n}" for reason, n in sorted(reasons.items()))
