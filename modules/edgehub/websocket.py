@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from websockets.client import ClientProtocol
-from websockets.exceptions import InvalidHandshake, InvalidStatus
+from websockets.protocol import State
 from websockets.uri import parse_uri
 
 from modules.edgehub import cloud, tls
@@ -95,7 +95,7 @@ class WebSocketLink(asyncio.Protocol):
             raise LinkRefused(f"{endpoint}: {tls.explain(fault)}") from fault
         except OSError as fault:
             self._abort()
-            raise LinkLost(f"{endpoint}: {fault.strerror or fault}") from fault
+            raise LinkLost(f"{endpoint}: {_explain_os_error(fault)}") from fault
         except BaseException:
             self._abort()
             raise
@@ -216,19 +216,19 @@ class WebSocketLink(asyncio.Protocol):
         end = self._head.find(b"\r\n\r\n")
         if end < 0 and len(self._head) <= _MAX_RESPONSE_BYTES:
             return b""
-        head, rest = self._head[: end + 4], self._head[end + 4 :]
-        if end < 0:
-            head, rest = self._head, b""
-        self._upgrade.receive_data(head)
-        self._upgrade.events_received()
-        fault = self._upgrade.handshake_exc
         if self._upgraded.done():
             return b""
-        if fault is None and end >= 0:
-            self._upgrade = None
-            self._upgraded.set_result(None)
-            return rest
-        self._upgraded.set_exception(LinkRefused(_explain_upgrade(fault, head)))
+        head, rest = self._head[: end + 4], self._head[end + 4 :]
+        fault: Exception | None = None
+        if head.startswith(b"HTTP/1.1 101"):
+            self._upgrade.receive_data(head)
+            self._upgrade.events_received()
+            fault = self._upgrade.handshake_exc
+            if fault is None and self._upgrade.state is State.OPEN:
+                self._upgrade = None
+                self._upgraded.set_result(None)
+                return rest
+        self._upgraded.set_exception(LinkRefused(_explain_upgrade(fault, self._head)))
         return b""
 
     def _take(self, events: Sequence[object]) -> None:
@@ -309,10 +309,16 @@ def _wake(waiter: asyncio.Future[None] | None) -> None:
         waiter.set_result(None)
 
 
+def _explain_os_error(fault: OSError) -> str:
+    if fault.errno is None or isinstance(fault, socket.gaierror):
+        return fault.strerror or str(fault)
+    return os.strerror(fault.errno)  # asyncio's own text repeats the address and leaves out the reason
+
+
 def _explain_upgrade(fault: Exception | None, head: bytes) -> str:
-    if isinstance(fault, InvalidStatus):
-        response = fault.response
-        return f"CloudHub answered the upgrade with HTTP {response.status_code} {response.reason_phrase}"
-    if isinstance(fault, InvalidHandshake):
+    if fault is not None:
         return f"CloudHub's answer to the upgrade is not valid: {fault}"
+    if head.startswith(b"HTTP/1."):
+        status = head.partition(b"\r\n")[0].partition(b" ")[2].decode("latin-1")
+        return f"CloudHub answered the upgrade with HTTP {status[:80]}"
     return f"what answers there is no CloudHub: {head[:80]!r}"

@@ -3,56 +3,19 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from cloudsim import CloudMessage, CloudSim, Header, HubVersion, Route, SimConfig
-from modules.edgehub.config import EdgeHubConfig, Endpoint
+from cloudsim import CloudSim, HubVersion
+from modules.edgehub.config import Endpoint
 from modules.edgehub.hub import EdgeHub
 from runtime.emp import Priority
-from runtime.message import Message, new_id
+from runtime.message import Message
 from runtime.names import Group
-from tests.modules.edgehub.fakes import FakeBus, FakeDeferral, hand_over, running, upload
+from tests.modules.edgehub.fakes import FakeDeferral, hand_over, running, upload
+from tests.modules.edgehub.simulated import NODE, cloud, command, config_map, served, settings, state
 from tests.support.aio import run, until
-
-NODE = "edge-1"
-
-
-def settings(sim: CloudSim, *more: Endpoint, **changes: Any) -> EdgeHubConfig:
-    pair = sim.certificate(NODE)
-    values: dict[str, Any] = {
-        "node_name": NODE,
-        "endpoints": (Endpoint("127.0.0.1", sim.port), *more),
-        "ca_file": str(sim.ca.certificate),
-        "cert_file": str(pair.certificate),
-        "key_file": str(pair.key),
-        "message_qps": 0.0,
-        "retry_cap_seconds": 1.0,
-        "drain_seconds": 1.0,
-    }
-    return EdgeHubConfig(**values | changes)
-
-
-@asynccontextmanager
-async def cloud(directory: Path, **changes: Any) -> AsyncIterator[CloudSim]:
-    config: dict[str, Any] = {"replacement_race": 0.0, "control_port": None, "seed": 1}
-    async with CloudSim(SimConfig(directory=directory, **config | changes)) as sim:
-        yield sim
-
-
-@asynccontextmanager
-async def served(sim: CloudSim, **changes: Any) -> AsyncIterator[tuple[EdgeHub, FakeBus]]:
-    async with running(settings(sim, **changes)) as (hub, bus):
-        await until(lambda: state(hub) == "served", "a served link")
-        yield hub, bus
-
-
-def state(hub: EdgeHub) -> str:
-    return str(hub.link_status()["state"])
 
 
 async def send_all(hub: EdgeHub, count: int, begin: int = 0) -> list[FakeDeferral]:
@@ -70,22 +33,6 @@ def is_done(deferrals: list[FakeDeferral]) -> bool:
 
 def numbers(sim: CloudSim) -> list[int]:
     return [received.content["number"] for received in sim.uploads(NODE)]
-
-
-def command(number: int) -> CloudMessage:
-    return CloudMessage(
-        Header(msg_id=new_id(), timestamp=1),
-        Route(source="router_eventbus", group="user", operation="publish", resource="a/b"),
-        {"number": number},
-    )
-
-
-def config_map(name: str, version: int, **data: Any) -> CloudMessage:
-    return CloudMessage(
-        Header(msg_id=new_id(), timestamp=1, resourceversion=str(version)),
-        Route(source="edgecontroller", group="resource", operation="update", resource=f"default/configmap/{name}"),
-        {"metadata": {"name": name, "uid": f"uid-{name}", "resourceVersion": str(version)}, "data": data},
-    )
 
 
 def test_uploads_arrive_once_and_in_order_and_are_settled(tmp_path: Path) -> None:
