@@ -25,6 +25,7 @@ from runtime.disabled import exit_disabled
 from runtime.errors import AlreadyRunning
 from runtime.home import Home, bus_endpoint, find_home
 from runtime.locks import die_with_parent, hold
+from runtime.memory import settle
 from runtime.supervisord import Supervisor, SupervisorError
 from runtime.watching import Abort, Action, AskBroker, Counts, Kill, Note, Poke, Seen, Start, Watching, WatchSettings
 
@@ -228,7 +229,9 @@ def main() -> NoReturn:
     endpoint = bus_endpoint(home, node.get("runtime", {}).get("bus", {}).get("endpoint", ""))
     log("INFO", f"watching supervisor={home.supervisor_socket} broker={endpoint}")
     with lock:
-        Watchdog(home, endpoint, settings).run()
+        watchdog = Watchdog(home, endpoint, settings)
+        settle()
+        watchdog.run()
 
 
 if __name__ == "__main__":

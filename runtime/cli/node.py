@@ -77,6 +77,9 @@ def _become_supervisord(home: Home, conf: Path, lock_fd: int, *options: str) -> 
     environment["EDGEZMQ_HOME"] = str(home.path)
     environment["EDGEZMQ_PYTHON"] = sys.executable
     environment[SUPERVISOR_PID_VARIABLE] = str(os.getpid())
+    # For supervisord itself what supervisord.conf sets for its children: less memory.
+    environment.setdefault("MALLOC_ARENA_MAX", "1")
+    environment.setdefault("PYTHONNODEBUGRANGES", "1")
     arguments = [sys.executable, "-m", "supervisor.supervisord", "-c", str(conf), *options]
     os.execve(sys.executable, arguments, environment)
 
