@@ -29,6 +29,8 @@ MAX_IN_LANES: Final = 4096
 MAX_RETAINED_VERSIONS: Final = 4096
 LIMITS_BEFORE_WELCOME: Final = emp.Limits(window_messages=64, window_bytes=2**20)
 "What a module may send before it knows what the broker allows: little, so that a strict broker need not refuse it."
+MAX_FLOORS: Final = 1024
+"Floors told by one PING, so that its header stays small; the next one tells the others."
 MAX_BOOK: Final = 1 << 20
 "A DELIVER that leaps over more numbers than this while others run is no frame of a sane broker."
 
@@ -97,13 +99,13 @@ class OutLane:
     __slots__ = (
         "batches",
         "destination",
-        "excepted",
         "floor",
         "messages",
         "next",
         "open",
         "priority",
         "size",
+        "told",
         "unsent",
         "waiters",
     )
@@ -119,8 +121,8 @@ class OutLane:
         self.open: OutBatch | None = None
         self.messages = 0
         self.size = 0
-        self.excepted = False
-        "Exceptions came since the last floor was told: PING carries the floor (rule 12)."
+        self.told = 1
+        "The floor as the broker knows it; when it has moved and nothing more is sent, PING carries it (rules 5, 12)."
         self.waiters: deque[Any] = deque()
         "The shell's: who waits for room."
 
@@ -145,6 +147,7 @@ class InLane:
         "sender",
         "session",
         "session_high",
+        "used",
         "work",
     )
 
@@ -170,6 +173,8 @@ class InLane:
         self.session_high = 0
         self.acked = 0
         self.dirty = False
+        self.used = True
+        "Something came since the cap on books was last looked at."
         self.work: Any = None
         "The shell's worker of this lane."
 
@@ -428,6 +433,7 @@ class ClientCore:
             batch.body = join_batch(batch.parts)
             batch.parts = []
         ttl = None if batch.deadline is None else max(0, int((batch.deadline - now) * 1000))
+        lane.told = lane.floor
         header = emp.Send(
             lane.destination,
             lane.priority,
@@ -524,10 +530,10 @@ class ClientCore:
         self._ping_at = now + self._heartbeat_seconds
         floors = []
         for lane in self.lanes.values():
-            if lane.excepted:
-                lane.excepted = False
+            if lane.floor > lane.told and len(floors) < MAX_FLOORS:
+                lane.told = lane.floor
                 floors.append((lane.destination, lane.priority, lane.floor))
-        self.out.append(emp.encode(emp.PING, emp.Ping(self._nonce, dict(self.counters), floors[:4096])))
+        self.out.append(emp.encode(emp.PING, emp.Ping(self._nonce, dict(self.counters), floors)))
 
     def is_fresh(self, now: float) -> bool:
         """Whether a handler may start: the broker answered a PING sent within the liveness time (rule 21)."""
@@ -609,6 +615,8 @@ class ClientCore:
         for lane in self.lanes.values():
             lane.open = None
             lane.unsent.clear()
+            if not anew:
+                lane.told = 1  # what told it may have been lost with the connection
             for batch in lane.batches:
                 self._send(lane, batch, now)
         if anew and known:
@@ -682,7 +690,6 @@ class ClientCore:
             self.events.append(Room(lane))
 
     def _except(self, lane: OutLane, settled: emp.Settled) -> None:
-        lane.excepted = True
         exceptions = iter(sorted(settled.exceptions, key=lambda exception: exception[0]))
         pending = next(exceptions, None)
         for batch in lane.batches:
@@ -709,6 +716,7 @@ class ClientCore:
         lane = self._book(header)
         if lane is None:
             return
+        lane.used = True
         from_ = header.from_
         if header.floor > lane.floor:
             lane.floor = header.floor
@@ -777,6 +785,9 @@ class ClientCore:
                         self._mark(lane)
                     return None
                 if header.generation > known:
+                    self._generations.pop(header.sender, None)
+                    if len(self._generations) >= MAX_IN_LANES:
+                        self._generations.pop(next(iter(self._generations)))
                     self._generations[header.sender] = header.generation
                     self._forget_older(header.sender, header.incarnation)
             if len(self._in) >= MAX_IN_LANES:
@@ -841,10 +852,14 @@ class ClientCore:
                 del self._in[key]
 
     def _forget_oldest(self) -> None:
-        for key, lane in self._in.items():
-            if lane.done == lane.highest and not lane.dirty:
-                del self._in[key]
+        """Make room for a book: the oldest goes that was not used since the last look and has nothing open."""
+        for _ in range(2 * len(self._in)):
+            key = next(iter(self._in))
+            lane = self._in.pop(key)
+            if not lane.used and lane.done == lane.highest and not lane.dirty:
                 return
+            lane.used = False
+            self._in[key] = lane
 
     def finish(self, lane: InLane, number: int, reason: str | None = None) -> None:
         """Message `number` has its outcome: handled, or refused with `reason`. Idempotent."""

@@ -1065,7 +1065,7 @@ class RoutingCore:
                 continue
             assert outlet.deaths is not None
             number = max(batch.from_, outlet.acked + 1)
-            alone = split_batch(batch.body, number - batch.first)
+            alone = split_batch(bytes(batch.body), number - batch.first)
             if alone is None or outlet.deaths.get(number, 0) >= self.limits.poison_after_deaths:
                 self._refuse_number(outlet, number, emp.FAILED if alone is not None else emp.INVALID)
                 self._cleared(outlet)
@@ -1112,7 +1112,7 @@ class RoutingCore:
                 continue
             before = outlet.acked
             for refused, reason in exceptions:
-                if before < refused <= cumulative:
+                if before < refused <= cumulative and not self._is_excepted(outlet, refused):
                     self._except(outlet.lane, refused, reason, module)
             module.delivered += cumulative - before - len(exceptions)
             priority = outlet.lane.priority
@@ -1227,6 +1227,14 @@ class RoutingCore:
         lane.exceptions.setdefault(number, []).append((reason, member))
         counted = module if module is not None else lane.sender.module
         counted.refused[reason] = counted.refused.get(reason, 0) + 1
+
+    def _is_excepted(self, outlet: _Outlet, number: int) -> bool:
+        """Whether the broker refused it itself (expired): the receiver repeats what `void` told it."""
+        refusals = outlet.lane.exceptions.get(number)
+        if not refusals:
+            return False
+        member = outlet.module.name if outlet.lane.to_group else None
+        return any(known is None or known == member for _, known in refusals)
 
     def _prune(self, lane: _Lane) -> None:
         lane.exceptions = {number: why for number, why in lane.exceptions.items() if number >= lane.floor}  # rule 12
@@ -1347,7 +1355,7 @@ class RoutingCore:
     def _deliver_retained(self, module: _Module, now: float) -> None:
         """Give a process that has just come the last version of what its groups retain.
 
-        They come on lanes of the broker's own, with the source's name and an incarnation made of the epoch and a number.
+        They come on lanes of the broker's own, with the source's name and an incarnation made of epoch and number.
         """
         for (name, destination, _), kept in self._retained.items():
             if group_name(destination) not in module.groups:
