@@ -392,7 +392,7 @@ class _Side:
     def _tell(self, what: str, topic: str) -> None:
         """Log refusals: the first of a kind at once, then their number from time to time."""
         now = _now()
-        since, count = self._told.get(what, (0.0, 0))
+        since, count = self._told.get(what, (-LOG_EVERY_SECONDS, 0))
         if now - since < LOG_EVERY_SECONDS:
             self._told[what] = (since, count + 1)
             return

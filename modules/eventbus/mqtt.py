@@ -9,6 +9,7 @@ packets, one write for many PUBACKs. Incoming PUBLISHes, which paho would hand t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import ssl
 from collections.abc import Callable
@@ -118,7 +119,7 @@ class MqttConnection:
         self._wire: _Wire | None = None
         self._is_open = False
         self._is_paused = False
-        self._is_stopping = False
+        self._stopping = asyncio.Event()
         self._last_fault = ""
         self.dials = 0
         self.connects = 0
@@ -180,13 +181,13 @@ class MqttConnection:
     async def run(self) -> None:
         """Dial, serve, dial again, until `stop`; ConfigError at once for TLS files that cannot be used."""
         tls_context(self._server.tls)
-        while not self._is_stopping:
+        while not self._stopping.is_set():
             started = asyncio.get_running_loop().time()
             try:
                 reason = await self._serve_once()
             except (OSError, TimeoutError, ssl.SSLError, ConfigError) as fault:
                 reason = f"{type(fault).__name__}: {fault}" if str(fault) else type(fault).__name__
-            if self._is_stopping:
+            if self._stopping.is_set():
                 return
             if asyncio.get_running_loop().time() - started > STABLE_SECONDS:
                 self._backoff.reset()
@@ -195,11 +196,12 @@ class MqttConnection:
             level = logging.DEBUG if reason == self._last_fault else logging.WARNING
             self._last_fault = reason
             log.log(level, "mqtt not connected server=%s reason=%s next_try_seconds=%.1f", self._server, reason, delay)
-            await asyncio.sleep(delay)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), delay)
 
     async def stop(self) -> None:
         """Disconnect in good order; the broker keeps the session. `run` returns. Idempotent."""
-        self._is_stopping = True
+        self._stopping.set()
         wire = self._wire
         if self._client is not None and self._is_open and wire is not None:
             self._client.disconnect()
@@ -347,7 +349,9 @@ class MqttConnection:
     async def _watch(self, wire: _Wire) -> str:
         """Keep the connection alive until it ends."""
         loop = asyncio.get_running_loop()
-        keepalive = self._settings.keepalive_seconds
+        assert self._client is not None
+        # The library has taken over the broker's Server Keep Alive, if it gave one (MQTT 5, 3.2.2.3.14).
+        keepalive = min(self._client.keepalive or self._settings.keepalive_seconds, self._settings.keepalive_seconds)
         while True:
             done, _ = await asyncio.wait({wire.closed}, timeout=keepalive / 4)
             if done:

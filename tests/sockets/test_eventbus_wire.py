@@ -252,6 +252,29 @@ def test_an_idle_connection_is_kept_alive_by_pings(tmp_path: Path) -> None:
     run(scenario())
 
 
+def test_the_brokers_own_keepalive_is_kept_when_it_is_shorter(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with fake_broker() as broker:
+            broker.properties = b"\x13\x00\x01"
+            async with hosted(module(broker, tmp_path)) as host:
+                await ready(host)
+                await until(lambda: len(broker.last.of(PINGREQ)) >= 2)
+
+    run(scenario())
+
+
+def test_stopping_does_not_wait_for_the_next_attempt_to_connect(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with fake_broker() as broker:
+            broker.on_connect = lambda connection: connection.cut()
+            async with hosted(module(broker, tmp_path)) as host:
+                await until(lambda: len(broker.connections) >= 2)
+                host.module._sides[0].connection._backoff.next_delay = lambda: 1000.0  # type: ignore[method-assign]
+                await until(lambda: len(broker.connections) >= 3)
+
+    run(scenario())
+
+
 def test_qos_0_messages_beyond_the_window_are_left_unread_and_the_connection_lives_on(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with (
