@@ -1,0 +1,224 @@
+"""`python -m demo`: see what edgezmq does. `make demo` calls it, `make up` calls it with --keep."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from demo.children import DemoFailed
+from demo.play import play
+from demo.show import Script, Show
+from demo.stage import Stage
+from demo.telling import Teller
+from runtime.errors import EdgezmqError
+from runtime.home import HOME_VARIABLE, IPC_PATH_LIMIT, Home
+
+INTERRUPTED = 130
+"As shells do for SIGINT: 128 + 2."
+
+_KILLABLE = ("edgehub", "broker", "eventbus", "watchdog")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    script = Script(
+        uploads=options.uploads, commands=options.commands, seconds=options.seconds, kills=tuple(options.kill)
+    )
+    directory, home = _places(options.keep, options.home)
+    stage = Stage(directory, home, usual_ports=options.keep)
+    _on_signals(stage)
+    is_kept = options.keep
+    try:
+        with Teller() as teller:
+            try:
+                return play(stage, teller, options.mqtt) if options.keep else _show(stage, script, teller, options.mqtt)
+            except (DemoFailed, EdgezmqError, OSError) as fault:
+                is_kept = True
+                teller.end_progress()
+                _explain(fault, stage)
+                return 1
+            except _NotAllWell:
+                is_kept = True
+                return 1
+            except KeyboardInterrupt:
+                teller.end_progress()
+                teller.say("Interrupted: ending all processes (Ctrl-C again: at once).")
+                return INTERRUPTED
+            finally:
+                _closing.set()
+                stage.close()
+    finally:
+        if not is_kept:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+class _NotAllWell(Exception):
+    """Something was lost; all that is to be said has been said."""
+
+
+def _show(stage: Stage, script: Script, teller: Teller, mqtt: str) -> int:
+    kills = " and ".join(script.kills)
+    teller.say(
+        "This is an edge node: programs that run near devices and pass messages between them and a cloud. Each part "
+        "is a process of its own, so that one may crash without the others. Let us see whether messages get lost "
+        f"when we crash some{f' ({kills})' if kills else ''}."
+    )
+    teller.line()
+    stage.start_cloud()
+    teller.step("cloudsim is up. It stands for the cloud: it speaks the protocol of KubeEdge's CloudHub over TLS.")
+    stage.start_mqtt(mqtt)
+    teller.step(f"MQTT, the protocol of the devices: {stage.mqtt_name}, port {stage.mqtt_port}.")
+    stage.start_node()
+    teller.step(
+        "supervisord has started the node: broker (passes messages on), eventbus (MQTT), edgehub (cloud), watchdog."
+    )
+    show = Show(stage, script, teller)
+    try:
+        show.wait_ready()
+        teller.step("A first message went from the device to the cloud, and one from the cloud to the device.")
+        teller.step(
+            f"Now a thermometer publishes {script.uploads} measurements, each another one, and an application in the "
+            f"cloud sends {script.commands} commands to a lamp. It repeats a command until the lamp's answer has come "
+            "up, as an application must: KubeEdge does not acknowledge commands."
+        )
+        tally = show.run()
+        faults = show.verdict()
+    finally:
+        show.close()
+    if tally.uploads.duplicated or tally.at_device.duplicated:
+        teller.step(
+            f"{tally.uploads.duplicated} uploads came twice: they were on the way when a process died, nobody could "
+            f"know whether they had arrived, so they were sent again. {tally.at_device.duplicated} commands came "
+            "twice, because the application had to ask again. Nothing is sent twice unless something dies."
+        )
+    if not faults:
+        teller.step(
+            f"Every one of {tally.uploads.sent} measurements and {tally.commands.sent} commands has arrived"
+            f"{f', although {kills} were killed' if script.kills else ''}.",
+            style="bold green",
+        )
+        _closing.set()
+        stage.close()
+        teller.last_line(tally.line())
+        return 0
+    for fault in faults:
+        teller.step(f"NOT as it should be: {fault}.", style="bold red")
+    program = stage.failing_program() or (tally.kills[-1].program if tally.kills else "eventbus")
+    teller.say(f"Look at {stage.home.log / program}.log first; all logs are in {stage.home.log} and {stage.log}.")
+    _closing.set()
+    stage.close()
+    teller.last_line(tally.line())
+    raise _NotAllWell
+
+
+def _explain(fault: Exception, stage: Stage) -> None:
+    text = f"demo: {fault}\n"
+    program = stage.failing_program()
+    log = stage.home.log / f"{program}.log" if program else getattr(fault, "log", None)
+    if log is not None:
+        text += f"demo: look at {log}\n"
+    text += f"demo: all logs are in {stage.home.log} and {stage.log}\n"
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
+# --- places and signals -------------------------------------------------------------------------------
+
+
+def _places(keep: bool, named: Path | None) -> tuple[Path, Path]:
+    """Directory of the helpers, and the node's home in it. Unix sockets must have short paths: /tmp where need be."""
+    if keep:
+        home = named or Path(os.environ.get(HOME_VARIABLE) or ".state")
+        home = home.absolute()
+        # supervisord binds the longest name: its socket's, with a pid behind it (runtime.cli.node).
+        if len(os.fsencode(f"{Home(home).supervisor_socket}.4194304")) <= IPC_PATH_LIMIT:
+            return home / "around", home
+    base = None if len(tempfile.gettempdir()) <= 40 else "/tmp"
+    directory = Path(tempfile.mkdtemp(prefix="edgezmq-", dir=base))
+    return directory, directory / "node"
+
+
+_closing = threading.Event()
+"Set once everything is being ended anyway: a signal then only makes it faster."
+
+
+def _on_signals(stage: Stage) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if _closing.is_set():
+            stage.hurry = True
+            return
+        _closing.set()
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+
+
+# --- options -----------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="edgezmq demo",
+        description="Start a node with a simulated cloud and an MQTT broker, send messages both ways, kill processes "
+        "in the middle, and count what arrives. Exit status 0 only if nothing was lost. Needs no root and leaves "
+        "nothing behind; ports are free ones, so that it runs beside anything.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--keep", action="store_true", help="no show: keep such a node running to play with, until Ctrl-C")
+    add("--uploads", type=_count, default=2000, metavar="N", help="MQTT messages that the device publishes")
+    add("--commands", type=_count, default=200, metavar="N", help="commands that the cloud sends")
+    add("--seconds", type=_seconds, default=8.0, help="over which the messages are spread")
+    add(
+        "--kill",
+        type=_programs,
+        default=["edgehub", "broker"],
+        metavar="A,B",
+        help="what to kill in turn; none: all live",
+    )
+    add(
+        "--mqtt",
+        choices=("auto", "mosquitto", "amqtt"),
+        default="auto",
+        help="MQTT broker; auto: mosquitto if installed",
+    )
+    add("--link", choices=("wss",), default="wss", help="transport to the cloud")
+    add("--home", type=Path, metavar="DIR", help="with --keep: the node's home; default: EDGEZMQ_HOME, else ./.state")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 40_000:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 1 to 40000")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.1 <= value <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 0.1 to 3600 seconds")
+    return value
+
+
+def _programs(text: str) -> list[str]:
+    names = [] if text == "none" else text.split(",")
+    for name in names:
+        if name not in _KILLABLE:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(_KILLABLE)}")
+    return names
+
+
+if __name__ == "__main__":
+    sys.exit(main())

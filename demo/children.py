@@ -1,0 +1,91 @@
+"""The demo's child processes: each in a session of its own, logged to a file, gone when the demo is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from runtime.locks import SUPERVISOR_PID_VARIABLE
+
+
+class DemoFailed(Exception):
+    """The demo cannot go on. `log` is the file to look at."""
+
+    def __init__(self, text: str, log: Path | None = None) -> None:
+        super().__init__(text)
+        self.log = log
+
+
+class Child:
+    """One process whose output goes to `log`. `end` it; a killed demo takes it along.
+
+    Ctrl-C in a terminal reaches every process of the foreground at once. In a session of its own the child
+    does not hear it, and ends when its turn has come.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], *, log: Path, env: Mapping[str, str] | None = None) -> None:
+        self.name = name
+        self.log = log
+        environment = {**os.environ, **(env or {}), SUPERVISOR_PID_VARIABLE: str(os.getpid())}
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                # `exec` asks the kernel to kill the child when we die, whatever we die of.
+                [sys.executable, "-m", "runtime.exec", "--", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=environment,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def check(self) -> None:
+        """Raise DemoFailed when it has ended."""
+        status = self._process.poll()
+        if status is not None:
+            how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+            raise DemoFailed(f"{self.name} {how}{last_words(self.log)}", self.log)
+
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def ask_to_end(self) -> None:
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """At once, with what it started in its session; waits until it is gone. Idempotent."""
+        self._signal(signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(5.0)
+
+    def end(self, seconds: float) -> None:
+        """Ask, wait, and kill what has not ended in that time."""
+        self.ask_to_end()
+        deadline = time.monotonic() + seconds
+        while not self.has_ended() and time.monotonic() < deadline:
+            time.sleep(0.01)  # between two looks
+        if not self.has_ended():
+            self.kill()
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+
+
+def last_words(log: Path) -> str:
+    """The end of a log, to follow a sentence; empty where there is none."""
+    try:
+        text = log.read_text(errors="replace").strip()
+    except OSError:
+        return ""
+    return ": " + " / ".join(text.splitlines()[-2:])[-400:] if text else ""

@@ -1,0 +1,244 @@
+"""Everything around the demo's traffic: cloudsim, an MQTT broker, and the node under supervisord."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from demo.children import Child, DemoFailed, last_words
+from runtime.home import Home
+from runtime.locks import holders
+from runtime.supervisord import Supervisor, SupervisorError
+
+NODE: Final = "demo-node"
+
+START_SECONDS: Final = 20.0
+"For a helper to listen; on a busy machine Python alone takes some seconds to start."
+END_SECONDS: Final = 15.0
+"For the node: modules may take 8 s to drain."
+
+MOSQUITTO_CONF: Final = """\
+listener {port} 127.0.0.1
+allow_anonymous true
+# What deploy/mosquitto.conf recommends: keep more than 20 messages under way, drop none because a queue is full.
+max_inflight_messages 1000
+max_queued_messages 0
+persistence true
+persistence_location {directory}/
+"""
+
+EDGECORE: Final = """\
+# Written by the demo. KubeEdge's own format; edgecore.example.yaml explains it.
+apiVersion: edgecore.config.kubeedge.io/v1alpha2
+kind: EdgeCore
+modules:
+  edged:
+    hostnameOverride: {node}
+  edgeHub:
+    messageQPS: 0 # no limit; KubeEdge's default of 30 uploads a second would take the demo a minute
+    tlsCaFile: {cloud}/ca.crt
+    tlsCertFile: {cloud}/{node}.crt
+    tlsPrivateKeyFile: {cloud}/{node}.key
+    websocket:
+      enable: true
+      server: 127.0.0.1:{cloud_port}
+    quic:
+      enable: false
+  eventBus:
+    mqttMode: {mqtt_mode}
+    mqttServerExternal: tcp://127.0.0.1:{mqtt_port}
+    mqttServerInternal: tcp://127.0.0.1:{mqtt_port}
+"""
+
+
+def find_mosquitto() -> str | None:
+    """An installed mosquitto. Debian keeps it in sbin, which is not in everybody's PATH."""
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin"])
+    return shutil.which("mosquitto", path=path)
+
+
+def free_port(*wanted: int) -> int:
+    """The first of `wanted` that is free on loopback, else any that is."""
+    for port in (*wanted, 0):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            # As servers do, so that a port that was in use a moment ago counts as free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return int(probe.getsockname()[1])
+    raise DemoFailed("no free TCP port on 127.0.0.1")
+
+
+def listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0):
+        return True
+    return False
+
+
+def wait(condition: Callable[[], bool], what: str, seconds: float, *children: Child, log: Path | None = None) -> None:
+    """Until `condition()`. Raises DemoFailed after `seconds`, or when one of `children` has ended."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        for child in children:
+            child.check()
+        if time.monotonic() > deadline:
+            raise DemoFailed(f"waited {seconds:.0f} s in vain for {what}{last_words(log) if log else ''}", log)
+        time.sleep(0.01)  # between two looks
+
+
+class Stage:
+    """Start the parts in order; `close` ends all of them, also half-started. `directory` is made and kept."""
+
+    def __init__(self, directory: Path, home: Path, *, usual_ports: bool = False) -> None:
+        """`usual_ports`: prefer 1883, 10000 and 10080 where they are free."""
+        self.directory = directory
+        self.home = Home(home)
+        self.supervisor = Supervisor(self.home.supervisor_socket)
+        self.mqtt_name = ""
+        "What serves MQTT, in words."
+        self.mqtt_port = 0
+        self.cloud_port = 0
+        self.control_port = 0
+        self._usual_ports = usual_ports
+        self._mqtt_mode = 2
+        self._cloud: Child | None = None
+        self._mqtt: Child | None = None
+        self._node: Child | None = None
+        self.hurry = False
+        "Set while `close` runs: kill what is left instead of waiting for it."
+
+    @property
+    def log(self) -> Path:
+        """Where the helpers write; the node's own logs are in `home.log`."""
+        return self.directory / "log"
+
+    def start_cloud(self) -> None:
+        directory = self.directory / "cloud"
+        self.log.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(exist_ok=True)
+        log = self.log / "cloudsim.log"
+        ready = directory / "ports.json"
+        ready.unlink(missing_ok=True)
+        ports = [free_port(usual) if self._usual_ports else 0 for usual in (10000, 10080)]
+        self._cloud = Child(
+            "cloudsim",
+            [
+                *(sys.executable, "-m", "cloudsim", "--dir", str(directory), "--node", NODE, "--log-level", "info"),
+                *("--port", str(ports[0]), "--control-port", str(ports[1])),
+            ],
+            log=log,
+        )
+        wait(lambda: b"cloudsim ready" in log.read_bytes(), "cloudsim", START_SECONDS, self._cloud, log=log)
+        found = json.loads(ready.read_bytes())
+        self.cloud_port, self.control_port = found["port"], found["control_port"]
+
+    def start_mqtt(self, wanted: str = "auto") -> None:
+        """`wanted`: auto, mosquitto or amqtt (which is part of the node and starts with it)."""
+        self.mqtt_port = free_port(*([1883] if self._usual_ports else []))
+        mosquitto = find_mosquitto() if wanted != "amqtt" else None
+        if mosquitto is None:
+            if wanted == "mosquitto":
+                raise DemoFailed("no mosquitto is installed (Debian, Ubuntu: sudo apt-get install -y mosquitto)")
+            self._mqtt_mode = 0
+            self.mqtt_name = "amqtt, the built-in broker: no mosquitto is installed" if wanted == "auto" else "amqtt"
+            return
+        self.mqtt_name = f"mosquitto ({mosquitto})"
+        directory = self.directory / "mqtt"
+        directory.mkdir(mode=0o700, exist_ok=True)
+        log = self.log / "mosquitto.log"
+        conf = directory / "mosquitto.conf"
+        text = MOSQUITTO_CONF.format(port=self.mqtt_port, directory=directory)
+        if os.geteuid() == 0:
+            text += "user root\n"  # else it becomes user mosquitto, who may not read this directory
+        conf.write_text(text)
+        self._mqtt = Child("mosquitto", [mosquitto, "-c", str(conf)], log=log)
+        wait(lambda: listens(self.mqtt_port), "mosquitto", START_SECONDS, self._mqtt, log=log)
+
+    def start_node(self) -> None:
+        """Returns once supervisord answers and every program has a process."""
+        self.home.prepare()
+        config = self.home.path / "edgecore.yaml"
+        config.write_text(
+            EDGECORE.format(
+                node=NODE,
+                cloud=self.directory / "cloud",
+                cloud_port=self.cloud_port,
+                mqtt_mode=self._mqtt_mode,
+                mqtt_port=self.mqtt_port,
+            )
+        )
+        log = self.log / "up.log"
+        environment = {
+            "EDGEZMQ_HOME": str(self.home.path),
+            "EDGEZMQ_BUS": "",
+            "EDGEZMQ_CONFIG": "",
+            "EDGEZMQ_SUPERVISORD_CONF": "",
+        }
+        self._node = Child(
+            "the node", [sys.executable, "-m", "runtime.cli", "up", "-c", str(config)], log=log, env=environment
+        )
+        wait(self._has_started, "supervisord", START_SECONDS, self._node, log=self.home.log / "supervisord.log")
+        if self._mqtt_mode == 0:
+            log = self.home.log / "mqtt-broker.log"
+            wait(lambda: listens(self.mqtt_port), "the built-in MQTT broker", START_SECONDS, self._node, log=log)
+
+    def _has_started(self) -> bool:
+        try:
+            return all(program.state != "STOPPED" for program in self.supervisor.programs())
+        except SupervisorError:
+            return False
+
+    def pids(self) -> dict[str, int]:
+        """Program to pid, of those that run."""
+        try:
+            return {program.name: program.pid for program in self.supervisor.programs() if program.pid}
+        except SupervisorError as fault:
+            raise DemoFailed(f"supervisord does not answer: {fault}", self.home.log / "supervisord.log") from fault
+
+    def pid_in_lock(self, program: str) -> int:
+        """Which process holds the name now, or held it last. Wakes nobody, unlike a question to supervisord."""
+        try:
+            return int(self.home.lock(program).read_bytes() or 0)
+        except (OSError, ValueError):
+            return 0
+
+    def check(self) -> None:
+        """Raise DemoFailed when a part that is not killed on purpose has ended, or the node has given one up."""
+        for child in (self._cloud, self._mqtt, self._node):
+            if child is not None:
+                child.check()
+
+    def failing_program(self) -> str | None:
+        """A program that does not start, for a failure to name its log."""
+        with contextlib.suppress(SupervisorError):
+            for program in self.supervisor.programs():
+                if program.state in ("FATAL", "BACKOFF"):
+                    return program.name
+        return None
+
+    def close(self) -> None:
+        """End the node, then what is around it. Never raises for a part that is gone already."""
+        if self._node is not None:
+            self._end_node(self._node)
+        for child in (self._mqtt, self._cloud):
+            if child is not None:
+                child.end(0.0 if self.hurry else 5.0)
+
+    def _end_node(self, node: Child) -> None:
+        deadline = time.monotonic() + END_SECONDS
+        node.ask_to_end()
+        while not node.has_ended() and time.monotonic() < deadline and not self.hurry:
+            with contextlib.suppress(SupervisorError):
+                self.supervisor.state()  # wakes it: by itself it looks once a second
+            time.sleep(0.03)
+        node.kill()  # and with it, by the kernel's word, every process under it
+        deadline = time.monotonic() + 5.0
+        while self.home.run.is_dir() and any(holders(self.home.run)) and time.monotonic() < deadline:
+            time.sleep(0.01)
