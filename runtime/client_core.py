@@ -528,7 +528,7 @@ class ClientCore:
         self._nonce += 1
         self._pinged = (self._nonce, now)
         self._ping_at = now + self._heartbeat_seconds
-        floors = []
+        floors: list[tuple[str, int, int]] = []
         for lane in self.lanes.values():
             if lane.floor > lane.told and len(floors) < MAX_FLOORS:
                 lane.told = lane.floor

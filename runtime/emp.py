@@ -104,8 +104,10 @@ MAX_MESSAGE_BYTES: Final = 12 * 2**20
 
 Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 Natural = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+LaneNumber = Annotated[int, Meta(ge=1, le=2**62)]
+"A lane's number as its sender gives it: the last one of a batch still fits everywhere."
 Name = Annotated[str, Meta(pattern=NAME_PATTERN, max_length=64)]
-Destination = Annotated[str, Meta(pattern=r"^@?[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", max_length=65)]
+Destination = Annotated[str, Meta(pattern=r"^@?" + NAME_PATTERN[1:], max_length=65)]
 Incarnation = Annotated[bytes, Meta(min_length=INCARNATION_BYTES, max_length=INCARNATION_BYTES)]
 Epoch = Annotated[bytes, Meta(min_length=EPOCH_BYTES, max_length=EPOCH_BYTES)]
 Reason = Annotated[str, Meta(min_length=1, max_length=MAX_REASON_CHARS)]
@@ -177,10 +179,10 @@ class Send(_Header, frozen=True):
 
     destination: Destination
     priority: Annotated[int, Meta(ge=0, le=3)]
-    first: Positive
+    first: LaneNumber
     "Lane sequence number of the first message."
     count: Annotated[int, Meta(ge=1, le=MAX_BATCH_MESSAGES)]
-    floor: Positive
+    floor: LaneNumber
     "The lowest number of the lane that is not settled."
     flags: Natural = 0
     ttl_ms: Milliseconds | None = None

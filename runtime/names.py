@@ -7,8 +7,8 @@ from typing import Final
 
 from runtime.errors import InvalidName
 
-NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-"1 to 64 of A-Z a-z 0-9 . _ -, beginning with a letter or digit (docs/emp.md, Names)."
+NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z"
+"1 to 64 of A-Z a-z 0-9 . _ -, beginning with a letter or digit (docs/emp.md, Names); `$` would let a newline follow."
 
 _NAME = re.compile(NAME_PATTERN)
 _GROUP_MARK: Final = "@"
@@ -16,7 +16,7 @@ _GROUP_MARK: Final = "@"
 
 def check_name(name: str) -> str:
     """Return `name`, or raise InvalidName saying what is allowed."""
-    if not isinstance(name, str) or _NAME.match(name) is None or name.endswith("\n"):
+    if not isinstance(name, str) or _NAME.match(name) is None:
         raise InvalidName(
             f"{name!r} is no name: expected 1 to 64 of A-Z a-z 0-9 . _ -, beginning with a letter or digit"
         )
