@@ -38,7 +38,7 @@ $(VENV)/.stamp-run: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "Python's venv is missing. Debian, Ubuntu: sudo apt-get install -y python3-venv"; exit 1; } >&2
 	@echo "installing into $(VENV) (once; a minute)"
-	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) install -r requirements.txt
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
@@ -52,7 +52,7 @@ amqtt: $(AMQTT_VENV)/.stamp ## Install amqtt, the MQTT broker for trying out whe
 
 $(AMQTT_VENV)/.stamp: requirements-amqtt.txt
 	@echo "installing amqtt into $(AMQTT_VENV) (once)"
-	@test -x $(AMQTT_VENV)/bin/python || $(PYTHON) -m venv $(AMQTT_VENV)
+	@$(AMQTT_VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(AMQTT_VENV)
 	@$(AMQTT_VENV)/bin/python -m pip --disable-pip-version-check --quiet install -r requirements-amqtt.txt
 	@touch $@
 

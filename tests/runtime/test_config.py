@@ -284,3 +284,17 @@ def test_any_document_is_a_configuration_or_one_config_error(document: Any) -> N
         return
     assert isinstance(config, NodeConfig)
     assert all(isinstance(warning, str) for warning in warnings)
+
+
+# --- the documentation ------------------------------------------------------------------------------
+
+
+def test_the_documentation_names_every_key_of_ours() -> None:
+    text = (EXAMPLE.parent / "docs" / "configuration.md").read_text()
+    missing = [
+        f"{section}.{key}"
+        for section, keys in msgspec.to_builtins(RuntimeSection()).items()
+        for key in keys
+        if f"`{key}`" not in text
+    ]
+    assert missing == []
