@@ -43,7 +43,7 @@ def up(named: Path | None, *, detach: bool) -> None:
     home = find_home()
     path = settings.find(named, home)
     config, warnings = settings.read(path)
-    for warning in warnings:
+    for warning in (*warnings, *_missing_files(config)):
         _say(f"warning: {warning}")
     check_path_lengths(home, config)
     conf = find_supervisord_conf()
@@ -67,6 +67,19 @@ def up(named: Path | None, *, detach: bool) -> None:
         _say("Ctrl-C stops the node. In another terminal: edgezmq status")
         _hurry(home)
         _become_supervisord(home, conf, lock.fileno(), "-n")
+
+
+def _missing_files(config: NodeConfig) -> Iterator[str]:
+    """Not an error here: the node runs without the cloud until the files are there."""
+    hub = config.edge_hub
+    if hub.enable:
+        for key, path in (
+            ("tlsCaFile", hub.tls_ca_file),
+            ("tlsCertFile", hub.tls_cert_file),
+            ("tlsPrivateKeyFile", hub.tls_private_key_file),
+        ):
+            if not os.access(path, os.R_OK):
+                yield f"modules.edgeHub.{key}: {path} cannot be read, so there will be no link (see: edgezmq check)"
 
 
 def _become_supervisord(home: Home, conf: Path, lock_fd: int, *options: str) -> NoReturn:

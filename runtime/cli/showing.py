@@ -227,9 +227,9 @@ def render(status: dict[str, Any], console: Console) -> None:
     cloud = Text("cloud link ")
     if link:
         cloud.append(str(link.get("state", "?")), style=_COLOURS.get(str(link.get("state")), "yellow"))
-        details = [str(link[key]) for key in ("why", "endpoint") if link.get(key)]
-        if details:
-            cloud.append(f" ({', '.join(details)})")
+        said = link.get("endpoint") if link.get("state") == "served" else link.get("why") or link.get("endpoint")
+        if said:
+            cloud.append(f" ({said})")
     else:
         cloud.append("unknown", style="yellow")
     broker = status["broker"] or {}

@@ -69,6 +69,7 @@ def test_the_table_shows_each_modules_numbers() -> None:
     [row] = join([program("edgehub")], [on_bus("edgehub")], {})
     text = shown(status(row, link={"state": "served", "endpoint": "cloud:10000"}))
     assert "cloud link served (cloud:10000)" in text
+    assert "cloud link dialling (refused)" in shown(status(row, link={"state": "dialling", "why": "refused"}))
     assert "bus 2.0 KiB of 64.0 MiB held" in text
     cells = next(line.split() for line in text.splitlines() if line.startswith("edgehub"))
     expected = "edgehub attached 7 1 m 5 s 3 1 s 1000 2 1 0 15.0 30.0 01234567"
