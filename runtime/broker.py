@@ -27,6 +27,7 @@ from runtime.config import NodeConfig, load
 from runtime.errors import EdgezmqError
 from runtime.home import Home, find_home
 from runtime.routing import BrokerLimits, Credentials, Life, Out, Peer, RoutingCore
+from runtime.sockets import is_readable, receive_routed, send_routed
 
 log = logging.getLogger("runtime.broker")
 
@@ -103,8 +104,11 @@ class Broker:
                 # We were stopped. What our peers sent meanwhile is still on its way through libzmq.
                 deadline = max(deadline, now + AFTER_STALL_SECONDS)
             drained = True
+            busy = False
             for index, socket in enumerate(self._sockets):
-                drained &= self._read(index, socket)
+                messages = self._read(index, socket)
+                busy = busy or messages > 0
+                drained = drained and messages < TURN_MESSAGES
             now = clock()
             if drained:
                 # What the dead had sent before is read by now.
@@ -113,47 +117,42 @@ class Broker:
             if now >= deadline:
                 core.expire(now)
                 deadline = core.next_deadline(now)
-            self._perform(now)
+            busy |= self._perform(now)
             if core.life:
                 self._note()
             wake_due = clock()
-            if drained and not any(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN for socket in self._sockets):
+            if not busy:
+                # Nothing read and nothing sent since the sockets were asked: the descriptors tell what comes.
                 timeout = max(0.0, deadline - wake_due)
                 wake_due += timeout
                 self._wait(timeout)
 
-    def _read(self, index: int, socket: zmq.Socket[bytes]) -> bool:
-        """Give the core what has come; False when there may be more."""
+    def _read(self, index: int, socket: zmq.Socket[bytes]) -> int:
+        """Give the core what has come, at most TURN_MESSAGES; how many it was."""
         core = self._core
-        recv = socket.recv
         clock = time.monotonic
-        for _ in range(TURN_MESSAGES):
-            try:
-                peer: Peer = (index, recv(zmq.NOBLOCK))
-            except zmq.Again:
-                return True
-            credentials = None
-            frames: list[bytes] = []
-            if not core.is_attached(peer) and socket.getsockopt(zmq.RCVMORE):
-                frame = socket.recv(copy=False)
-                credentials = _credentials(frame)
-                frames.append(frame.bytes)
-            while socket.getsockopt(zmq.RCVMORE):
-                frames.append(recv())
-            core.receive(peer, frames, clock(), credentials)
-        return False
+        count = 0
+        while count < TURN_MESSAGES and is_readable(socket):
+            routing_id, frames, last = receive_routed(socket)
+            peer: Peer = (index, routing_id)
+            core.receive(peer, frames, clock(), None if core.is_attached(peer) else _credentials(last))
+            count += 1
+        return count
 
-    def _perform(self, now: float) -> None:
+    def _perform(self, now: float) -> bool:
+        """Send what the core wants sent; whether there was anything."""
         outs = self._core.flush(now)
+        busy = bool(outs)
         while outs:
             for out in outs:
                 self._send(out, now)
             outs = self._core.flush(now)
+        return busy
 
     def _send(self, out: Out, now: float) -> None:
         socket_index, routing_id = out.peer
         try:
-            self._sockets[socket_index].send_multipart([routing_id, *out.frames], zmq.NOBLOCK)
+            send_routed(self._sockets[socket_index], routing_id, out.frames)
         except zmq.Again:
             log.warning("peer does not read, cut off after frames=%d", SEND_HWM)
             self._core.lost(out.peer, now)

@@ -57,6 +57,7 @@ from runtime.errors import (
 from runtime.home import bus_endpoint, find_home
 from runtime.message import Deferral, Delivery, Message, current_handling, encode_message, new_id
 from runtime.names import Group, check_destination, check_name, is_group
+from runtime.sockets import is_readable, receive, send
 
 log = logging.getLogger("runtime.client")
 
@@ -540,7 +541,10 @@ class Bus:
         lane = self._lanes.get((sender, _REPLY)) or self._new_lane(sender, Priority.REPLY)
         batch = self._core.put_with(lane, data, emp.REPLY, None, incarnation)
         receipt = Receipt(batch, lane.next - 1)
-        self._flush_soon()
+        if len(self._running) > 1:
+            self._flush_soon()
+        else:
+            self._flush()  # nobody else is at work whose messages could go along
         return receipt
 
     def expects_reply(self, request: Message) -> bool:
@@ -663,7 +667,7 @@ class Bus:
         if core.out:
             self._transmit(socket)
             # Sending may have taken the edge off the descriptor: what has come meanwhile would not wake us.
-            if not self._reading and int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            if not self._reading and is_readable(socket):
                 self._reading = True
                 self._loop.call_soon(self._read)
 
@@ -680,7 +684,7 @@ class Bus:
         core.flush_lane(lane, self._loop.time())
         if core.out:
             self._transmit(socket)
-            if not self._reading and int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            if not self._reading and is_readable(socket):
                 self._reading = True
                 self._loop.call_soon(self._read)
 
@@ -689,7 +693,7 @@ class Bus:
         out, core.out = core.out, []
         for frames in out:
             try:
-                socket.send_multipart(frames, zmq.NOBLOCK)
+                send(socket, frames)
             except zmq.Again:
                 # No connection: what matters is sent again after the next WELCOME.
                 core.disconnected(self._loop.time())
@@ -705,11 +709,9 @@ class Bus:
         core = self._core
         now = self._loop.time()
         for _ in range(READ_AT_ONCE):
-            try:
-                frames = socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
+            if not is_readable(socket):
                 break
-            core.receive(frames, now)
+            core.receive(receive(socket), now)
         else:
             self._reading = True
             self._loop.call_soon(self._read)
@@ -721,9 +723,6 @@ class Bus:
             self._flush_soon()
         elif core.has_lazy_acks and self._lazy is None:
             self._lazy = self._loop.call_later(LAZY_ACK_SECONDS, self._flush_lazy)
-        if not self._reading and int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-            self._reading = True
-            self._loop.call_soon(self._read)
 
     def _read_monitor(self) -> None:
         if self._monitor is None:
@@ -940,11 +939,9 @@ class Bus:
                 self._core.finish(handling.lane, handling.number, reason)
         finally:
             self._running.discard(handling)
-            if self._running:
+            if self._core.has_acks:
                 self._flush_soon()
-            else:
-                self._flush()  # a lone request: its reply need not wait for the loop's next turn
-            if self._core.has_lazy_acks and self._lazy is None:
+            elif self._core.has_lazy_acks and self._lazy is None:
                 self._lazy = self._loop.call_later(LAZY_ACK_SECONDS, self._flush_lazy)
 
     async def _retry(self, handling: _Handling, message: Message, fault: BaseException) -> str | None:

@@ -103,7 +103,7 @@ class Inspection:
                 "first": header.first,
                 "count": header.count,
                 "flags": header.flags,
-                "body": body if len(body) <= stream.content_bytes else b"",
+                "body": bytes(body) if len(body) <= stream.content_bytes else b"",
                 "body_bytes": len(body),
             }
             out.append((peer, _answer(emp.Admin(request, "tap"), shown, more=True)))
