@@ -22,7 +22,7 @@ from demo.telling import Teller
 
 READY_SECONDS: Final = 30.0
 "From the node's start until the first message has crossed it in both directions."
-REPEAT_SECONDS: Final = 1.0
+REPEAT_SECONDS: Final = 2.0
 "The cloud application asks again when no answer has come for so long."
 HELLO_SECONDS: Final = 0.3
 "Between two attempts to be heard at the start, while eventbus has not yet subscribed."
@@ -96,7 +96,7 @@ class Show:
                 stage.check()
                 if not self._heard_up:
                     self._device.publish(MEASUREMENTS, self._payload(hello=0))
-                else:
+                if not self._heard_down:
                     cloud.command(COMMANDS, {"run": self._mark, "hello": 0})
             self._hear(now)
         self._pids = stage.pids()

@@ -120,9 +120,10 @@ class Stage:
         return self.directory / "log"
 
     def start_cloud(self) -> None:
+        self.home.prepare()
         directory = self.directory / "cloud"
-        self.log.mkdir(parents=True, exist_ok=True)
-        directory.mkdir(exist_ok=True)
+        for each in (self.directory, self.log, directory):
+            each.mkdir(mode=0o700, exist_ok=True)
         log = self.log / "cloudsim.log"
         ready = directory / "ports.json"
         ready.unlink(missing_ok=True)
@@ -163,7 +164,6 @@ class Stage:
 
     def start_node(self) -> None:
         """Returns once supervisord answers and every program has a process."""
-        self.home.prepare()
         config = self.home.path / "edgecore.yaml"
         config.write_text(
             EDGECORE.format(
