@@ -16,7 +16,7 @@ import base64
 import itertools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, Final, Literal, Protocol
 
@@ -127,7 +127,7 @@ class Message(msgspec.Struct, array_like=True, frozen=True, gc=False):
             kind, data = encode_content(content)
         # By position: the order of the fields below.
         return cls(
-            new_id(),
+            _next_id(),
             parent_id,
             time.time_ns() // 1_000_000,
             False,
@@ -235,7 +235,7 @@ def _holds_non_finite(value: Any) -> bool:
 
 # --- ids ---------------------------------------------------------------------------------------
 
-_counter = itertools.count(1).__next__
+_LAST_DIGITS: Final = tuple(f"{number:02x}" for number in range(256))
 
 
 def _new_prefix() -> str:
@@ -247,24 +247,32 @@ def _new_prefix() -> str:
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-"
 
 
-_prefix = _new_prefix()
+def _ids() -> Iterator[str]:
+    prefix = _new_prefix()
+    for block in itertools.count():
+        head = f"{prefix}{block:010x}"
+        for last in _LAST_DIGITS:
+            yield head + last
 
 
-def _renew_prefix() -> None:
-    global _prefix
-    _prefix = _new_prefix()
+_next_id = _ids().__next__
+
+
+def _renew_ids() -> None:
+    global _next_id
+    _next_id = _ids().__next__
 
 
 # A forked child would give the same ids as its parent.
-os.register_at_fork(after_in_child=_renew_prefix)
+os.register_at_fork(after_in_child=_renew_ids)
 
 
 def new_id() -> str:
     """A new message id in UUID form: a prefix random per process, and a counter.
 
-    uuid4 per message would cost ten times as much.
+    uuid4 per message would cost thirty times as much.
     """
-    return _prefix + "%012x" % _counter()  # noqa: UP031  (half the cost of format here)
+    return _next_id()
 
 
 # --- the bus form ------------------------------------------------------------------------------
