@@ -145,9 +145,10 @@ class _Batch:
 class _Usage:
     """What one sender name has unsettled for one destination and priority, over its incarnations (rule 30)."""
 
-    __slots__ = ("messages", "size")
+    __slots__ = ("lanes", "messages", "size")
 
     def __init__(self) -> None:
+        self.lanes = 0  # that count here
         self.messages = 0
         self.size = 0
 
@@ -261,6 +262,7 @@ class _Incarnation:
         "sdk",
         "session",
         "throttled",
+        "untaken",
     )
 
     def __init__(self, module: _Module, id: bytes, generation: int) -> None:
@@ -273,6 +275,7 @@ class _Incarnation:
         self.attached = False
         self.draining = False
         self.throttled = False
+        self.untaken: dict[_Lane, int] = {}  # while throttled: lane → bytes of the batch that was not taken
         self.groups: frozenset[str] = frozenset()
         self.lanes: dict[tuple[str, int], _Lane] = {}
         self.last_heard = 0.0
@@ -387,6 +390,7 @@ class RoutingCore:
         self._held_bytes = 0
         self._held_messages = 0
         self._throttled: list[_Incarnation] = []
+        self._freed = False  # a mailbox has become smaller since the throttled were last looked at
         self._retained: dict[tuple[str, str, str], _Retained] = {}
         self._retained_bytes = 0
         self._generation = clock_ms
@@ -453,6 +457,7 @@ class RoutingCore:
         incarnation = module.holder
         self._end_session(incarnation, now, died=True)
         module.holder = None
+        self._drop_empty_lanes(incarnation)
         module.state = "absent"
         module.absent_since = now
         self._event(module, "gone", pid, now)
@@ -497,7 +502,8 @@ class RoutingCore:
             for lane in lanes:
                 lane.dirty = False
                 self._report(lane)
-        if self._throttled and self._held_bytes < self.limits.byte_budget * 3 // 4:
+        if self._throttled and self._freed:
+            self._freed = False
             self._release()
         out, self._out = self._out, []
         return out
@@ -554,8 +560,10 @@ class RoutingCore:
                 holder.generation = generation
             else:
                 holder = _Incarnation(module, hello.incarnation, generation)
+            before, module.holder = module.holder, holder
             module.generation = generation
-            module.holder = holder
+            if before is not None:
+                self._drop_empty_lanes(before)
         assert holder is not None
         if holder.attached:
             self._end_session(holder, now, died=False)
@@ -567,6 +575,7 @@ class RoutingCore:
         holder.attached = True
         holder.draining = False
         holder.throttled = False
+        holder.untaken = {}
         holder.last_heard = now
         holder.liveness = hello.liveness_ms / 1000
         holder.groups = frozenset(hello.groups)
@@ -665,6 +674,7 @@ class RoutingCore:
         holder, module.holder = module.holder, None
         if holder is not None:
             holder.peer = None
+            self._drop_empty_lanes(holder)
             # It may come back, and what it has sent may still be on its way: one lane must not become two.
             self._departed = {id: other for id, other in self._departed.items() if _has_batches(other)}
             if _has_batches(holder):
@@ -721,6 +731,7 @@ class RoutingCore:
         usage = module.usages.get(key)
         if usage is None:
             usage = module.usages[key] = _Usage()
+        usage.lanes += 1
         lane = sender.lanes[key] = _Lane(sender, header.destination, header.priority, header.floor, usage)
         return lane
 
@@ -735,15 +746,39 @@ class RoutingCore:
         for outlet in lane.outlets.values():
             self._drop_outlet(outlet)
         lane.outlets = {}
+        usages = lane.sender.module.usages
+        lane.usage.lanes -= 1
+        if not lane.usage.lanes and usages.get(lane.key) is lane.usage:
+            del usages[lane.key]
+
+    def _drop_empty_lanes(self, sender: _Incarnation) -> None:
+        """`sender` holds its name no more: only what is open of it is kept, so that the short-lived leave nothing."""
+        for key, lane in list(sender.lanes.items()):
+            if not lane.batches:
+                del sender.lanes[key]
+                self._drop_lane(lane)
 
     def _drop_outlet(self, outlet: _Outlet) -> None:
         module = outlet.module
-        module.outlets.pop((outlet.lane.sender.id, outlet.lane.destination, outlet.lane.priority), None)
-        if outlet.feed is not None:
-            try:
-                outlet.feed.outlets.remove(outlet)
-            except ValueError:
-                pass
+        key = (outlet.lane.sender.id, outlet.lane.destination, outlet.lane.priority)
+        if module.outlets.get(key) is outlet:
+            del module.outlets[key]
+        if outlet.number and module.holder is not None:
+            module.holder.outlets.pop(outlet.number, None)
+        feed = outlet.feed
+        if feed is None:
+            return
+        try:
+            feed.outlets.remove(outlet)
+        except ValueError:
+            pass
+        feeds = module.feeds.get(feed.incarnation.name)
+        if not feed.outlets and not feed.pending and feeds is not None and feed in feeds:
+            feeds.remove(feed)
+            if feeds:
+                self._unblock(feeds[0])
+            else:
+                del module.feeds[feed.incarnation.name]
 
     def _admit(self, peer: Peer, lane: _Lane, batch: _Batch, now: float) -> bool:
         """Whether the batch gets its place in the lane (perhaps only to be refused there)."""
@@ -765,6 +800,7 @@ class RoutingCore:
             if not lane.sender.throttled:
                 lane.sender.throttled = True
                 self._throttled.append(lane.sender)
+            lane.sender.untaken.setdefault(lane, batch.size)
             return False
         lane.last = batch.last
         if reason is not None:
@@ -782,19 +818,33 @@ class RoutingCore:
 
     def _must_wait(self, lane: _Lane, batch: _Batch) -> bool:
         """With the budget used up, only a receiver that holds nearly nothing gets more."""
-        if lane.priority == REPLY:
-            return False
+        return lane.priority != REPLY and self._is_beyond_reserve(lane, batch.size)
+
+    def _is_beyond_reserve(self, lane: _Lane, size: int) -> bool:
         if lane.to_group:
             receivers = self._members(group_name(lane.destination))
         else:
             receivers = [module for module in (self._modules.get(lane.destination),) if module is not None]
-        return any(module.held and module.held + batch.size > self.limits.reserve_bytes for module in receivers)
+        return any(module.held and module.held + size > self.limits.reserve_bytes for module in receivers)
 
     def _release(self) -> None:
-        """There is room again: ask those whose messages were not taken to send them again."""
+        """There is room again: ask those whose messages were not taken to send them again.
+
+        Room in the budget, or, while a mailbox of others fills that up, in the receiver's reserve.
+        """
+        room = self._held_bytes < self.limits.byte_budget * 3 // 4
+        least = self.limits.reserve_bytes // 2
         throttled, self._throttled = self._throttled, []
         for sender in throttled:
+            if (
+                not room
+                and sender.throttled
+                and all(self._is_beyond_reserve(lane, max(size, least)) for lane, size in sender.untaken.items())
+            ):
+                self._throttled.append(sender)
+                continue
             sender.throttled = False
+            sender.untaken = {}
             if sender.attached and sender.peer is not None:
                 peer = sender.peer
                 self._ask(peer)
@@ -904,9 +954,12 @@ class RoutingCore:
             return
         while len(feeds) > 1 and not feeds[0].pending:
             self._retire(module, feeds.pop(0))
-        if feeds[0].blocked:
-            feeds[0].blocked = False
-            for outlet in feeds[0].outlets:
+        self._unblock(feeds[0])
+
+    def _unblock(self, feed: _Feed) -> None:
+        if feed.blocked:
+            feed.blocked = False
+            for outlet in feed.outlets:
                 self._offer(outlet)
 
     # --- deliveries ---------------------------------------------------------------------------------
@@ -1152,6 +1205,7 @@ class RoutingCore:
         """`outlet` is done with `batch`."""
         module = outlet.module
         module.held -= batch.size
+        self._freed = True
         count = batch.last - batch.from_ + 1
         module.held_messages -= count
         waited = self._now - batch.arrived
@@ -1192,6 +1246,9 @@ class RoutingCore:
         if cumulative > lane.cumulative:
             lane.cumulative = cumulative
             self._touch(lane)
+        if not batches and lane.sender.module.holder is not lane.sender and lane.sender.lanes.get(lane.key) is lane:
+            del lane.sender.lanes[lane.key]
+            self._drop_lane(lane)
 
     def _touch(self, lane: _Lane) -> None:
         if not lane.dirty:
@@ -1320,6 +1377,7 @@ class RoutingCore:
         if module.holder is not incarnation:
             return
         module.holder = None
+        self._drop_empty_lanes(incarnation)
         self._event(module, "gone", incarnation.pid, now)
         if bye.leaving and not module.declared:
             self._let_go(module, now)
@@ -1364,6 +1422,15 @@ class RoutingCore:
             if lane is None:
                 lane = _Lane(self._source(name), destination, kept.header.priority, 1, _Usage())
                 module.store_lanes[(name, destination)] = lane
+            waiting = next((batch for batch in lane.batches if batch.retain_key == kept.header.retain_key), None)
+            if waiting is not None:
+                # An earlier process died before it handled what it was given: still one, and the last version.
+                grown = len(kept.body) - waiting.size
+                module.held += grown
+                lane.usage.size += grown
+                self._held_bytes += grown
+                waiting.body, waiting.size, waiting.retain_version = kept.body, len(kept.body), kept.version
+                continue
             number = lane.last = lane.last + 1
             lane.floor = lane.cumulative + 1
             batch = _Batch(msgspec.structs.replace(kept.header, first=number), number, kept.body, now)
