@@ -103,9 +103,7 @@ def _measure_flow(
             if run.received < run.sent:
                 short = results.arrived_short.setdefault(measure, {})
                 short[contender.name] = short.get(contender.name, 0) + run.sent - run.received
-            costs = results.cpu_us_per_message.setdefault(measure, {}).setdefault(contender.name, {})
-            for role, seconds in run.cpu_seconds.items():
-                costs.setdefault(role, []).append(seconds * 1e6 / run.sent)
+            _note_cpu(results, measure, contender, run.cpu_seconds, run.sent)
             say(
                 f"{measure} round {turn}/{rounds} {contender.name:15} {run.rate:10,.0f}/s"
                 f"  {run.received} of {run.sent} in {run.seconds:.2f} s, others' CPU {others.percent:.0f} %"
@@ -155,7 +153,7 @@ def _measure_requests(results: Results, who: Sequence[Contender], rounds: int, q
                 continue
             with OthersCpu() as others:
                 try:
-                    took_us = requests(contender, count)
+                    took_us, cpu = requests(contender, count)
                 except ChildFailed as fault:
                     results.not_run[f"{report.REQUEST_P50} {contender.name} round {turn}"] = str(fault)
                     say(f"{report.REQUEST_P50} {contender.name} round {turn}: FAILED: {fault}")
@@ -165,23 +163,35 @@ def _measure_requests(results: Results, who: Sequence[Contender], rounds: int, q
             results.add(report.REQUEST_P50, contender.name, median)
             results.add(report.REQUEST_P99, contender.name, tail)
             results.message_counts.setdefault(report.REQUEST_P50, {})[contender.name] = count
+            _note_cpu(results, report.REQUEST_P50, contender, cpu, count + WARM_UP_REQUESTS)
             say(
                 f"request → reply round {turn}/{rounds} {contender.name:15} p50 {median:7.1f} µs"
                 f"  p99 {tail:7.1f} µs, others' CPU {others.percent:.0f} %"
             )
 
 
-def requests(contender: Contender, count: int) -> list[float]:
-    """Ask `count` times, one after another; what each took, in µs. Raises ChildFailed."""
+def requests(contender: Contender, count: int) -> tuple[list[float], dict[str, float]]:
+    """Ask `count` times, one after another: what each took, in µs, and the CPU seconds of the three processes.
+
+    Raises ChildFailed.
+    """
     with Scratch() as directory, contender.serve(directory) as server:
         arguments = {**server.arguments, "count": count, "size": REQUEST_BYTES, "warm_up": WARM_UP_REQUESTS}
         with (
-            worker(contender.side, "responder", arguments, log=directory / "responder.log"),
+            worker(contender.side, "responder", arguments, log=directory / "responder.log") as answering,
             worker(contender.side, "requester", arguments, log=directory / "requester.log") as asking,
         ):
+            who = {"sender": asking, "receiver": answering, "server": server.child}
+            before = {role: child.cpu_seconds() for role, child in who.items()}
             asking.tell(go=True)
             took: list[float] = asking.answer(WORK_SECONDS)["took_us"]
-            return took
+            return took, {role: child.cpu_seconds() - before[role] for role, child in who.items()}
+
+
+def _note_cpu(results: Results, measure: str, contender: Contender, cpu: dict[str, float], messages: int) -> None:
+    costs = results.cpu_us_per_message.setdefault(measure, {}).setdefault(contender.name, {})
+    for role, seconds in cpu.items():
+        costs.setdefault(role, []).append(seconds * 1e6 / messages)
 
 
 class Scratch(tempfile.TemporaryDirectory[str]):

@@ -132,7 +132,6 @@ def become_idle_sampler(results: Results, *, quick: bool, json_path: Path | None
         around = stack.enter_context(rig(directory, with_relay=True))
         node = stack.enter_context(start_node(around))
         wait_served(around, node)
-        time.sleep(2.0)  # supervisord takes programs for started after a second; watchdog and eventbus connect
         pids = processes(around, node)
         assert around.relay
         window = QUICK_IDLE_SECONDS if quick else IDLE_SECONDS

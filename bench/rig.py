@@ -157,9 +157,21 @@ def wait_gone(rig: Rig, seconds: float = SERVED_SECONDS) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def processes(rig: Rig, node: Child) -> dict[str, int]:
-    """Name to pid of everything that runs under the node's supervisord, and supervisord itself."""
+def processes(rig: Rig, node: Child, seconds: float = SERVED_SECONDS) -> dict[str, int]:
+    """Name to pid of all that runs under the node's supervisord, and of supervisord itself.
+
+    Waits until every program has started, or has ended because configuration does not want it.
+    Raises ChildFailed.
+    """
     from runtime.supervisord import Supervisor
 
-    programs = Supervisor(rig.home / "run" / "supervisor.sock").programs()
+    supervisor = Supervisor(rig.home / "run" / "supervisor.sock")
+    deadline = time.monotonic() + seconds
+    programs = supervisor.programs()
+    while any(program.state not in ("RUNNING", "EXITED") for program in programs):
+        if time.monotonic() > deadline:
+            states = ", ".join(f"{program.name} {program.state}" for program in programs)
+            raise ChildFailed(f"not all programs run after {seconds:.0f} s: {states}\n{rig.logs()}")
+        time.sleep(0.1)
+        programs = supervisor.programs()
     return {"supervisord": node.pid, **{program.name: program.pid for program in programs if program.pid}}
