@@ -338,7 +338,7 @@ class ClientCore:
         The caller has asked `has_room`. Nothing is sent before `flush`; `lane.open` is None when a batch is full.
         """
         batch = lane.open
-        if batch is None or not batch.plain:
+        if batch is None or not batch.plain or batch.size + len(data) > self.limits.batch_bytes:
             batch = self._open(lane)
         return self._append(lane, batch, data)
 
@@ -347,7 +347,13 @@ class ClientCore:
     ) -> OutBatch:
         """`put` with what stands in the batch's header: flags, deadline (seconds), the requester of a reply."""
         batch = lane.open
-        if batch is None or batch.flags != flags or batch.deadline != deadline or batch.requester != requester:
+        if (
+            batch is None
+            or batch.flags != flags
+            or batch.deadline != deadline
+            or batch.requester != requester
+            or batch.size + len(data) > self.limits.batch_bytes
+        ):
             batch = self._open(lane)
             batch.flags = flags
             batch.deadline = deadline
@@ -408,7 +414,7 @@ class ClientCore:
                     unsent = lane.unsent
                     while unsent:
                         self._send(lane, unsent.popleft(), now)
-            if self._dirty:
+            while self._dirty:
                 self._acknowledge()
 
     def flush_lane(self, lane: OutLane, now: float) -> None:
@@ -903,6 +909,7 @@ class ClientCore:
         dirty, self._dirty = self._dirty + self._lazy, []
         self._lazy = []
         entries: list[tuple[int, int, list[tuple[int, str]]]] = []
+        room = emp.MAX_EXCEPTIONS
         for lane in dirty:
             lane.dirty = False
             if lane.session != self.session:
@@ -915,6 +922,14 @@ class ClientCore:
                 exceptions = [
                     (number, why) for number, why in sorted(lane.failed.items()) if lane.acked < number <= cumulative
                 ]
+            if len(exceptions) > room:
+                # The rest in the next ACK: this one ends before the first refusal that it does not tell.
+                cumulative = exceptions[room][0] - 1
+                exceptions = exceptions[:room]
+                self._mark(lane)
+                if cumulative <= lane.acked:
+                    continue
+            room -= len(exceptions)
             lane.acked = cumulative
             entries.append((lane.number, cumulative, exceptions))
         if entries:

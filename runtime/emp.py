@@ -94,6 +94,8 @@ class Priority(IntEnum):
 
 MAX_HEADER_BYTES: Final = 256 * 1024
 "A larger header frame is refused undecoded."
+MAX_EXCEPTIONS: Final = 1000
+"Refusals told in one SETTLED or one ACK; more follow in the next, so that headers stay below their limit."
 MAX_BATCH_MESSAGES: Final = 1024
 INCARNATION_BYTES: Final = 16
 EPOCH_BYTES: Final = 8
@@ -336,7 +338,7 @@ def decode(frames: Sequence[bytes]) -> tuple[bytes, Any, bytes | None]:
     decoder = _DECODERS.get(verb)
     if decoder is None:
         raise _unknown_verb(verb)
-    if len(packed) > MAX_HEADER_BYTES and verb is not ACK:
+    if len(packed) > MAX_HEADER_BYTES:
         raise MalformedFrame(
             BAD_HEADER, f"{_verb_text(verb)}: header of {len(packed)} bytes, the limit is {MAX_HEADER_BYTES}"
         )

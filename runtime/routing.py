@@ -303,6 +303,7 @@ class _Module:
         "holder",
         "in_flight",
         "in_flight_bytes",
+        "interrupted",
         "latency",
         "name",
         "outlets",
@@ -335,6 +336,7 @@ class _Module:
         self.held_messages = 0
         self.feeds: dict[str, list[_Feed]] = {}
         self.usages: dict[tuple[str, int], _Usage] = {}
+        self.interrupted: list[tuple[_Outlet, int]] = []  # in flight when a session ended, and the first number of each
         self.store_lanes: dict[tuple[str, str], _Lane] = {}  # by source and group
         self.suspects: dict[_Outlet, int] = {}
         self.timed = 0  # batches in its mailbox that may expire
@@ -576,6 +578,7 @@ class RoutingCore:
         holder.draining = False
         holder.throttled = False
         holder.untaken = {}
+        module.interrupted = []
         holder.last_heard = now
         holder.liveness = hello.liveness_ms / 1000
         holder.groups = frozenset(hello.groups)
@@ -623,7 +626,7 @@ class RoutingCore:
             self._peers.pop(holder.peer, None)
             self._event(holder.module, "fenced", holder.pid, now)
         # A holder that is replaced without having said BYE has died or hangs: its deliveries count (rule 32).
-        self._end_session(holder, now, died=holder.attached)
+        self._end_session(holder, now, died=True)
 
     def _end_session(self, incarnation: _Incarnation, now: float, *, died: bool) -> None:
         """What was in flight goes back to the mailbox, in its order, to be delivered again."""
@@ -646,8 +649,10 @@ class RoutingCore:
             outlet.number = 0
             outlet.ready = False
             if outlet.in_flight or outlet.solo:
-                if died:
-                    self._count_death(module, outlet)
+                first = outlet.acked + 1
+                if outlet.in_flight:
+                    first = max(first, outlet.in_flight[0].from_)
+                module.interrupted.append((outlet, first))
                 outlet.redelivered_to = max(outlet.redelivered_to, outlet.delivered_to)
                 outlet.waiting.extendleft(reversed(outlet.in_flight))
                 outlet.in_flight.clear()
@@ -655,16 +660,23 @@ class RoutingCore:
             outlet.delivered_to = outlet.acked
             self._settle_voided(outlet)
             self._offer(outlet)
+        if died:
+            self._blame(module)
 
-    def _count_death(self, module: _Module, outlet: _Outlet) -> None:
-        first = outlet.acked + 1
-        if outlet.in_flight and outlet.in_flight[0].from_ > first:
-            first = outlet.in_flight[0].from_
-        if outlet.deaths is None:
-            outlet.deaths = {}
-        deaths = outlet.deaths[first] = outlet.deaths.get(first, 0) + 1
-        if deaths >= self.limits.solo_after_deaths:
-            module.suspects[outlet] = first
+    def _blame(self, module: _Module) -> None:
+        """The process is dead: count it against the first unacknowledged message of each lane (rule 32).
+
+        The connection may have been lost before; nothing is counted when the same process comes back.
+        """
+        interrupted, module.interrupted = module.interrupted, []
+        for outlet, first in interrupted:
+            if outlet.acked >= first:
+                continue
+            if outlet.deaths is None:
+                outlet.deaths = {}
+            deaths = outlet.deaths[first] = outlet.deaths.get(first, 0) + 1
+            if deaths >= self.limits.solo_after_deaths:
+                module.suspects[outlet] = first
 
     def _let_go(self, module: _Module, now: float) -> None:
         """Forget an undeclared module that is gone; what waits for it is refused as `gone` (rule 25)."""
@@ -1262,20 +1274,23 @@ class RoutingCore:
             return
         exceptions: list[tuple[int, str, str | None]] = []
         if lane.exceptions:
-            exceptions = [
-                (number, reason, member)
-                for number, refusals in sorted(lane.exceptions.items())
-                if lane.reported < number <= lane.cumulative
-                for reason, member in refusals
-            ]
-        lane.reported = lane.cumulative
+            for number, refusals in sorted(lane.exceptions.items()):
+                if not lane.reported < number <= lane.cumulative:
+                    continue
+                if exceptions and len(exceptions) + len(refusals) > emp.MAX_EXCEPTIONS:
+                    self._settled(lane, number - 1, exceptions)
+                    exceptions = []
+                exceptions += [(number, reason, member) for reason, member in refusals]
+        self._settled(lane, lane.cumulative, exceptions)
+
+    def _settled(self, lane: _Lane, cumulative: int, exceptions: list[tuple[int, str, str | None]]) -> None:
+        lane.reported = cumulative
         members, lane.unreported_members = lane.unreported_members, []
+        assert lane.sender.peer is not None
         self._out.append(
             Out(
-                sender.peer,
-                emp.encode(
-                    emp.SETTLED, emp.Settled(lane.destination, lane.priority, lane.cumulative, exceptions, members)
-                ),
+                lane.sender.peer,
+                emp.encode(emp.SETTLED, emp.Settled(lane.destination, lane.priority, cumulative, exceptions, members)),
             )
         )
 
@@ -1377,6 +1392,7 @@ class RoutingCore:
         if module.holder is not incarnation:
             return
         module.holder = None
+        module.interrupted = []  # a clean end: what was not begun killed nobody
         self._drop_empty_lanes(incarnation)
         self._event(module, "gone", incarnation.pid, now)
         if bye.leaving and not module.declared:
@@ -1420,7 +1436,9 @@ class RoutingCore:
                 continue
             lane = module.store_lanes.get((name, destination))
             if lane is None:
-                lane = _Lane(self._source(name), destination, kept.header.priority, 1, _Usage())
+                # Sessions only rise: numbers never used before towards a process that may know an earlier lane of ours.
+                first = module.holder.session if module.holder is not None else 1
+                lane = _Lane(self._source(name), destination, kept.header.priority, first, _Usage())
                 module.store_lanes[(name, destination)] = lane
             waiting = next((batch for batch in lane.batches if batch.retain_key == kept.header.retain_key), None)
             if waiting is not None:
