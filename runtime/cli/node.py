@@ -151,8 +151,9 @@ def what_is_missing(home: Home, config: NodeConfig) -> str:
 def _hurry(home: Home) -> None:
     """Wake supervisord while it starts, from a process of its own: it looks once a second only.
 
-    Forked twice, so that it is no child of what is going to be supervisord.
+    Forked twice, so that it is no child of what is going to be supervisord; it ends with it.
     """
+    supervisord = os.getpid()
     if (pid := os.fork()) != 0:
         os.waitpid(pid, 0)
         return
@@ -162,6 +163,7 @@ def _hurry(home: Home) -> None:
             end = time.monotonic() + 5.0
             supervisor = Supervisor(home.supervisor_socket, timeout_seconds=0.5)
             while time.monotonic() < end:
+                os.kill(supervisord, 0)  # raises once it is gone
                 with contextlib.suppress(SupervisorError):
                     if all(program.state != "STOPPED" for program in supervisor.programs()):
                         break
