@@ -297,6 +297,7 @@ class Bus:
         self._reading = False
         self._timer: asyncio.TimerHandle | None = None
         self._lazy: asyncio.TimerHandle | None = None
+        self._due = 0.0  # when the timer goes off
         self._attached = asyncio.Event()
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._fresh: asyncio.Future[None] | None = None
@@ -746,6 +747,7 @@ class Bus:
         due = self._core.next_deadline(now)
         if self._running and self._handler_timeout is not None:
             due = min(due, now + self._handler_timeout / 4)
+        self._due = due
         self._timer = self._loop.call_at(max(due, now + 0.001), self._tick)
 
     def _tick(self) -> None:
@@ -859,12 +861,11 @@ class Bus:
             worker.queue.append(arrival)
 
     def _start(self, handling: _Handling, coroutine: Any) -> None:
-        task = self._loop.create_task(coroutine, name=f"handle {handling.lane.sender} to {handling.lane.destination}")
+        task = self._loop.create_task(coroutine)
         handling.task = task
-        if not self._running and self._handler_timeout is not None:
-            self._running.add(handling)
-            self._arm()
         self._running.add(handling)
+        if self._handler_timeout is not None and self._due > self._loop.time() + self._handler_timeout / 2:
+            self._arm()
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
