@@ -187,14 +187,11 @@ class Connection:
         outbox, window = self._outbox, self._window
         now = self._clock()
         payloads: list[bytes] = []
-        if outbox.has_signals or outbox.has_data:
+        max_data = self._bucket.available(now=now) if outbox.has_data else 0
+        if outbox.has_signals or max_data != 0:
             room = window.room(outbox.unconfirmed_bytes)
             if room > 0 or not outbox.unconfirmed:
-                entries = outbox.take(
-                    min(room, _BATCH_BYTES),
-                    max_messages=_BATCH_MESSAGES,
-                    max_data=self._bucket.available(now=now) if outbox.has_data else None,
-                )
+                entries = outbox.take(min(room, _BATCH_BYTES), max_messages=_BATCH_MESSAGES, max_data=max_data)
                 if entries:
                     payloads = [entry.payload for entry in entries]
                     if self._bucket.is_limited:

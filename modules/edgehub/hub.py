@@ -41,7 +41,7 @@ from modules.edgehub.session import (
 )
 from modules.edgehub.sync_keeper import Late, Question, SyncKeeper
 from modules.edgehub.window import TokenBucket
-from runtime.emp import EXPIRED, INVALID, OVERFLOW, TOO_LARGE, Priority
+from runtime.emp import EXPIRED, INVALID, OVERFLOW, TOO_LARGE, UNROUTABLE, Priority
 from runtime.errors import InvalidMessage, MalformedMessage, NotHandled, Refused
 from runtime.message import Deferral, Message, from_cloud_json
 from runtime.module import Module
@@ -424,7 +424,7 @@ class EdgeHub(Module):
         self._warn(
             "refused down",
             "a message of the cloud was not handled, no ACK goes up reason=%s group=%s resource=%s id=%s",
-            refusal,
+            "no module on this node has its group" if refusal == UNROUTABLE else refusal,
             message.group,
             message.resource,
             message.id,
