@@ -41,8 +41,8 @@ from modules.edgehub.session import (
 )
 from modules.edgehub.sync_keeper import Late, Question, SyncKeeper
 from modules.edgehub.window import TokenBucket
-from runtime.emp import EXPIRED, INVALID, OVERFLOW, TOO_LARGE, UNROUTABLE, Priority
-from runtime.errors import InvalidMessage, MalformedMessage, NotHandled, Refused
+from runtime.emp import EXPIRED, GONE, INVALID, OVERFLOW, TOO_LARGE, UNROUTABLE, Priority
+from runtime.errors import InvalidMessage, MalformedMessage, MessageTooLarge, NotHandled, Refused, UsageError
 from runtime.message import Deferral, Message, from_cloud_json
 from runtime.module import Module
 from runtime.names import Group
@@ -343,12 +343,18 @@ class EdgeHub(Module):
 
     async def _give_answer(self, question: Question[_Asked], answer: Message) -> None:
         """The cloud's answer goes to the module that asked; then the cloud gets its ACK."""
+        asked = question.token
         try:
-            receipt = await self.bus.respond(question.token.request, answer)
-            question.token.deferral.done()
-            await receipt
-        except NotHandled:
-            self._counts["answers_late"] += 1  # whoever asked is gone: as good as late
+            receipt = await self.bus.respond(asked.request, answer)
+        except UsageError as fault:  # too large for the bus, or nobody waits any more
+            self._counts["answers_late"] += 1
+            asked.refuse(TOO_LARGE if isinstance(fault, MessageTooLarge) else GONE)
+        else:
+            asked.deferral.done()
+            try:
+                await receipt
+            except NotHandled:
+                self._counts["answers_late"] += 1  # whoever asked is gone: as good as late
         self._finish_down(answer)
 
     # --- down: routeToEdge ---------------------------------------------------------------------------------
@@ -447,6 +453,8 @@ class EdgeHub(Module):
     async def _answer_locally(self, message: Message) -> None:
         if message.operation != STATUS_OPERATION or message.resource != STATUS_RESOURCE:
             self._refuse_up(message, INVALID, f"{message.operation} {message.resource}: edgehub answers only status")
+        if not message.delivery.expects_reply:
+            self._refuse_up(message, INVALID, "a question to edgehub that waits for no answer")
         await self.bus.respond(message, message.response(self.link_status()))
 
     def link_status(self) -> dict[str, Any]:

@@ -266,10 +266,12 @@ class WebSocketLink(asyncio.Protocol):
         why = "the connection was closed" if exc is None else tls.explain(exc)
         self._lose(LinkLost(why, is_cut_by_cloud=exc is None or isinstance(exc, ConnectionResetError)))
         if self._upgraded is not None and not self._upgraded.done():
-            if exc is None:
-                why = "the connection was ended before the upgrade: is it a CloudHub, and does it take our certificate?"
-            refused = isinstance(exc, ssl.SSLError)
-            self._upgraded.set_exception(LinkRefused(why) if refused else LinkLost(why))
+            if isinstance(exc, ssl.SSLError):
+                self._upgraded.set_exception(LinkRefused(why))
+            else:
+                # A reset may overtake the alert that would say more.
+                why = f"{why} before the upgrade: is it a CloudHub, and does it take our certificate?"
+                self._upgraded.set_exception(LinkLost(why))
         self._closed.set()
 
     def pause_writing(self) -> None:

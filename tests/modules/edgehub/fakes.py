@@ -113,6 +113,7 @@ class FakeBus:
         self.retained: list[tuple[str, str, Message]] = []
         self.slow: set[str] = set()
         self.refusing: dict[str, str] = {}
+        self.respond_fault: Exception | None = None
 
     async def send(
         self, to: str, message: Message, *, priority: Priority = Priority.DATA, ttl: float | None = None
@@ -124,6 +125,8 @@ class FakeBus:
         return receipt
 
     async def respond(self, request: Message, reply: Message) -> FakeReceipt:
+        if self.respond_fault is not None:
+            raise self.respond_fault
         self.replies.append((request, reply))
         receipt = FakeReceipt()
         receipt.settle(self.refusing.get("reply"))

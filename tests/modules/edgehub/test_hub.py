@@ -11,7 +11,7 @@ from modules.edgehub.hub import LOCAL_GROUP, EdgeHub
 from modules.edgehub.link import LinkLost, LinkRefused, Passed, SkippedMessage
 from modules.edgehub.outbox import POISON_LOSSES
 from runtime.emp import Priority
-from runtime.errors import Refused
+from runtime.errors import MessageTooLarge, Refused, UsageError
 from runtime.message import Message
 from runtime.names import Group
 from tests.modules.edgehub.fakes import FakeBus, FakeCloud, hand_over, running, upload
@@ -303,6 +303,26 @@ def test_the_answer_to_a_module_that_is_gone_counts_as_late_and_is_acknowledged(
     run(scenario())
 
 
+@pytest.mark.parametrize(
+    ("fault", "outcome"), [(MessageTooLarge(20, 10), "too-large"), (UsageError("nobody waits"), "gone")]
+)
+def test_an_answer_that_the_bus_does_not_take_refuses_the_question(fault: Exception, outcome: str) -> None:
+    async def scenario() -> None:
+        cloud = FakeCloud()
+        async with running(config(), factory=cloud) as (hub, bus):
+            bus.respond_fault = fault
+            await until_served(hub)
+            asked = question()
+            deferral = await hand_over(hub, asked, expects_reply=True)
+            assert deferral is not None
+            answer = configmap("c", operation="response", parent=asked.id)
+            cloud.link.down(answer)
+            await until(lambda: acks(cloud) == [answer.id], "the ACK, or the cloud would repeat it for ever")
+            assert deferral.outcome == outcome
+
+    run(scenario())
+
+
 @pytest.mark.parametrize(("operation", "times"), [("query", 2), ("insert", 1)])
 def test_a_question_outlives_the_link_and_is_repeated_if_it_changes_nothing(operation: str, times: int) -> None:
     async def scenario() -> None:
@@ -482,6 +502,8 @@ def test_a_question_to_edgehub_itself_is_answered_and_never_goes_up() -> None:
             assert json.dumps(reply.json())
             with pytest.raises(Refused, match="invalid"):
                 await hand_over(hub, Message.build(group=LOCAL_GROUP, resource="edgehub/link", operation="explode"))
+            with pytest.raises(Refused, match="invalid"):
+                await hand_over(hub, status)  # nobody waits for the answer
             assert cloud.written() == []
 
     run(scenario())
