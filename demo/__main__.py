@@ -5,15 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import signal
 import sys
 import tempfile
-import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
-from demo.children import DemoFailed
+from demo.children import DemoFailed, Interrupts
 from demo.play import play
 from demo.show import Script, Show
 from demo.stage import Stage
@@ -32,15 +29,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     script = Script(
         uploads=options.uploads, commands=options.commands, seconds=options.seconds, kills=tuple(options.kill)
     )
+    interrupts = Interrupts()
+    interrupts.listen()
     directory, home = _places(options.keep, options.home)
-    stage = Stage(directory, home, usual_ports=options.keep)
-    _on_signals(stage)
+    stage = Stage(directory, home, usual_ports=options.keep, interrupts=interrupts)
     is_kept = options.keep
     try:
         with Teller() as teller:
             try:
+                interrupts.begin()
                 return play(stage, teller, options.mqtt) if options.keep else _show(stage, script, teller, options.mqtt)
             except (DemoFailed, EdgezmqError, OSError) as fault:
+                interrupts.close()
                 is_kept = True
                 teller.end_progress()
                 _explain(fault, stage)
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 teller.say("Interrupted: ending all processes (Ctrl-C again: at once).")
                 return INTERRUPTED
             finally:
-                _closing.set()
+                interrupts.close()
                 stage.close()
     finally:
         if not is_kept:
@@ -105,7 +105,7 @@ def _show(stage: Stage, script: Script, teller: Teller, mqtt: str) -> int:
             f"{f', although {kills} were killed' if script.kills else ''}.",
             style="bold green",
         )
-        _closing.set()
+        stage.interrupts.close()
         stage.close()
         teller.last_line(tally.line())
         return 0
@@ -113,7 +113,7 @@ def _show(stage: Stage, script: Script, teller: Teller, mqtt: str) -> int:
         teller.step(f"NOT as it should be: {fault}.", style="bold red")
     program = stage.failing_program() or (tally.kills[-1].program if tally.kills else "eventbus")
     teller.say(f"Look at {stage.home.log / program}.log first; all logs are in {stage.home.log} and {stage.log}.")
-    _closing.set()
+    stage.interrupts.close()
     stage.close()
     teller.last_line(tally.line())
     raise _NotAllWell
@@ -130,7 +130,7 @@ def _explain(fault: Exception, stage: Stage) -> None:
     sys.stderr.flush()
 
 
-# --- places and signals -------------------------------------------------------------------------------
+# --- places -------------------------------------------------------------------------------
 
 
 def _places(keep: bool, named: Path | None) -> tuple[Path, Path]:
@@ -138,28 +138,16 @@ def _places(keep: bool, named: Path | None) -> tuple[Path, Path]:
     if keep:
         home = named or Path(os.environ.get(HOME_VARIABLE) or ".state")
         home = home.absolute()
-        # supervisord binds the longest name: its socket's, with a pid behind it (runtime.cli.node).
-        if len(os.fsencode(f"{Home(home).supervisor_socket}.4194304")) <= IPC_PATH_LIMIT:
+        if _fits(home):
             return home / "around", home
-    base = None if len(tempfile.gettempdir()) <= 40 else "/tmp"
-    directory = Path(tempfile.mkdtemp(prefix="edgezmq-", dir=base))
+    fits = _fits(Path(tempfile.gettempdir()) / "edgezmq-12345678" / "node")
+    directory = Path(tempfile.mkdtemp(prefix="edgezmq-", dir=None if fits else "/tmp"))
     return directory, directory / "node"
 
 
-_closing = threading.Event()
-"Set once everything is being ended anyway: a signal then only makes it faster."
-
-
-def _on_signals(stage: Stage) -> None:
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        if _closing.is_set():
-            stage.hurry = True
-            return
-        _closing.set()
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+def _fits(home: Path) -> bool:
+    # supervisord binds the longest name: its socket's, with a pid behind it (runtime.cli.node).
+    return len(os.fsencode(f"{Home(home).supervisor_socket}.4194304")) <= IPC_PATH_LIMIT
 
 
 # --- options -----------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 
 from runtime.locks import SUPERVISOR_PID_VARIABLE
 
@@ -20,6 +21,55 @@ class DemoFailed(Exception):
     def __init__(self, text: str, log: Path | None = None) -> None:
         super().__init__(text)
         self.log = log
+
+
+class Interrupts:
+    """SIGINT, SIGTERM and SIGHUP become one KeyboardInterrupt, never in the middle of starting a process.
+
+    After `listen` signals are noted, from `begin` on they are heard, after `close` they only make it faster.
+    """
+
+    def __init__(self) -> None:
+        self.hurry = False
+        "A signal came while everything was being ended: wait for nobody."
+        self._is_closing = False
+        self._is_held = False
+        self._is_pending = False
+
+    def listen(self) -> None:
+        self._is_held = True
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._interrupt)
+
+    def begin(self) -> None:
+        """Raises KeyboardInterrupt for what came before."""
+        self._is_held = False
+        if self._is_pending and not self._is_closing:
+            self._is_closing = True
+            raise KeyboardInterrupt
+
+    def close(self) -> None:
+        """No KeyboardInterrupt any more: everything is being ended anyway. Idempotent."""
+        self._is_closing = True
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """What is done inside is finished, and known to be done, before an interrupt is heard."""
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+        self.begin()
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self._is_closing:
+            self.hurry = True
+        elif self._is_held:
+            self._is_pending = True
+        else:
+            self._is_closing = True
+            raise KeyboardInterrupt
 
 
 class Child:

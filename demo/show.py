@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from demo.children import DemoFailed
 from demo.cloud import CloudApplication
@@ -195,8 +195,7 @@ class Show:
                 arrived = self._cloud.inbox.get(timeout=timeout) if timeout else self._cloud.inbox.get_nowait()
                 timeout = 0.0
                 if arrived is None:
-                    self._stage.check()
-                    raise DemoFailed("cloudsim has ended its stream of events", self._stage.log / "cloudsim.log")
+                    self._cloud_has_ended()
                 number = self._arrived(arrived[1])
                 if number is not None:
                     numbers.append(number)
@@ -206,6 +205,13 @@ class Show:
         kill = tally.current_kill
         if kill is not None and not kill.served_at and tally.uploads.arrived_since(kill.at, numbers):
             kill.served_at = time.monotonic()
+
+    def _cloud_has_ended(self) -> NoReturn:
+        deadline = time.monotonic() + 2.0
+        while time.monotonic() < deadline:
+            self._stage.check()  # tells how it ended; sockets close a moment before it can be seen
+            time.sleep(0.01)
+        raise DemoFailed("cloudsim has ended its stream of events", self._stage.log / "cloudsim.log")
 
     def _arrived(self, content: Any) -> int | None:
         """One message has come up; the number of an upload that is ours and undamaged."""

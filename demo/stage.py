@@ -13,12 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from demo.children import Child, DemoFailed, last_words
+from demo.children import Child, DemoFailed, Interrupts, last_words
 from runtime.home import Home
-from runtime.locks import holders
+from runtime.locks import holder, holders
 from runtime.supervisord import Supervisor, SupervisorError
 
 NODE: Final = "demo-node"
+NODE_LOCK: Final = "node"
+"Held by the supervisord of a running node (runtime.cli.node)."
 
 START_SECONDS: Final = 20.0
 "For a helper to listen; on a busy machine Python alone takes some seconds to start."
@@ -96,8 +98,11 @@ def wait(condition: Callable[[], bool], what: str, seconds: float, *children: Ch
 class Stage:
     """Start the parts in order; `close` ends all of them, also half-started. `directory` is made and kept."""
 
-    def __init__(self, directory: Path, home: Path, *, usual_ports: bool = False) -> None:
+    def __init__(
+        self, directory: Path, home: Path, *, usual_ports: bool = False, interrupts: Interrupts | None = None
+    ) -> None:
         """`usual_ports`: prefer 1883, 10000 and 10080 where they are free."""
+        self.interrupts = interrupts or Interrupts()
         self.directory = directory
         self.home = Home(home)
         self.supervisor = Supervisor(self.home.supervisor_socket)
@@ -111,8 +116,6 @@ class Stage:
         self._cloud: Child | None = None
         self._mqtt: Child | None = None
         self._node: Child | None = None
-        self.hurry = False
-        "Set while `close` runs: kill what is left instead of waiting for it."
 
     @property
     def log(self) -> Path:
@@ -121,6 +124,8 @@ class Stage:
 
     def start_cloud(self) -> None:
         self.home.prepare()
+        if (pid := holder(self.home.lock(NODE_LOCK))) is not None:
+            raise DemoFailed(f"a node runs on {self.home.path} already (pid {pid}); end it with Ctrl-C or `make down`")
         directory = self.directory / "cloud"
         for each in (self.directory, self.log, directory):
             each.mkdir(mode=0o700, exist_ok=True)
@@ -128,15 +133,19 @@ class Stage:
         ready = directory / "ports.json"
         ready.unlink(missing_ok=True)
         ports = [free_port(usual) if self._usual_ports else 0 for usual in (10000, 10080)]
-        self._cloud = Child(
+        command = [
+            *(sys.executable, "-m", "cloudsim", "--dir", str(directory), "--node", NODE, "--log-level", "info"),
+            *("--port", str(ports[0]), "--control-port", str(ports[1])),
+        ]
+        with self.interrupts.held():
+            self._cloud = cloud = Child("cloudsim", command, log=log)
+        wait(
+            lambda: ready.exists() and listens(json.loads(ready.read_bytes())["control_port"]),
             "cloudsim",
-            [
-                *(sys.executable, "-m", "cloudsim", "--dir", str(directory), "--node", NODE, "--log-level", "info"),
-                *("--port", str(ports[0]), "--control-port", str(ports[1])),
-            ],
+            START_SECONDS,
+            cloud,
             log=log,
         )
-        wait(lambda: b"cloudsim ready" in log.read_bytes(), "cloudsim", START_SECONDS, self._cloud, log=log)
         found = json.loads(ready.read_bytes())
         self.cloud_port, self.control_port = found["port"], found["control_port"]
 
@@ -159,8 +168,9 @@ class Stage:
         if os.geteuid() == 0:
             text += "user root\n"  # else it becomes user mosquitto, who may not read this directory
         conf.write_text(text)
-        self._mqtt = Child("mosquitto", [mosquitto, "-c", str(conf)], log=log)
-        wait(lambda: listens(self.mqtt_port), "mosquitto", START_SECONDS, self._mqtt, log=log)
+        with self.interrupts.held():
+            self._mqtt = broker = Child("mosquitto", [mosquitto, "-c", str(conf)], log=log)
+        wait(lambda: listens(self.mqtt_port), "mosquitto", START_SECONDS, broker, log=log)
 
     def start_node(self) -> None:
         """Returns once supervisord answers and every program has a process."""
@@ -181,13 +191,13 @@ class Stage:
             "EDGEZMQ_CONFIG": "",
             "EDGEZMQ_SUPERVISORD_CONF": "",
         }
-        self._node = Child(
-            "the node", [sys.executable, "-m", "runtime.cli", "up", "-c", str(config)], log=log, env=environment
-        )
-        wait(self._has_started, "supervisord", START_SECONDS, self._node, log=self.home.log / "supervisord.log")
+        command = [sys.executable, "-m", "runtime.cli", "up", "-c", str(config)]
+        with self.interrupts.held():
+            self._node = node = Child("the node", command, log=log, env=environment)
+        wait(self._has_started, "supervisord", START_SECONDS, node, log=self.home.log / "supervisord.log")
         if self._mqtt_mode == 0:
             log = self.home.log / "mqtt-broker.log"
-            wait(lambda: listens(self.mqtt_port), "the built-in MQTT broker", START_SECONDS, self._node, log=log)
+            wait(lambda: listens(self.mqtt_port), "the built-in MQTT broker", START_SECONDS, node, log=log)
 
     def _has_started(self) -> bool:
         try:
@@ -229,12 +239,12 @@ class Stage:
             self._end_node(self._node)
         for child in (self._mqtt, self._cloud):
             if child is not None:
-                child.end(0.0 if self.hurry else 5.0)
+                child.end(0.0 if self.interrupts.hurry else 5.0)
 
     def _end_node(self, node: Child) -> None:
         deadline = time.monotonic() + END_SECONDS
         node.ask_to_end()
-        while not node.has_ended() and time.monotonic() < deadline and not self.hurry:
+        while not node.has_ended() and time.monotonic() < deadline and not self.interrupts.hurry:
             with contextlib.suppress(SupervisorError):
                 self.supervisor.state()  # wakes it: by itself it looks once a second
             time.sleep(0.03)
