@@ -20,6 +20,9 @@ SERVED_SECONDS = 30.0
 END_SECONDS = 30.0
 "Modules may take 8 s to drain, one after another in the worst case."
 
+STAYED_SECONDS = 4
+"A program that configuration disables ends once supervisord takes it for started; one that is older stays."
+
 POLL_SECONDS = 0.005
 "Between two questions to cloudsim; what we may be late by."
 
@@ -168,7 +171,10 @@ def processes(rig: Rig, node: Child, seconds: float = SERVED_SECONDS) -> dict[st
     supervisor = Supervisor(rig.home / "run" / "supervisor.sock")
     deadline = time.monotonic() + seconds
     programs = supervisor.programs()
-    while any(program.state not in ("RUNNING", "EXITED") for program in programs):
+    while not all(
+        program.state == "EXITED" or (program.state == "RUNNING" and program.seconds_up >= STAYED_SECONDS)
+        for program in programs
+    ):
         if time.monotonic() > deadline:
             states = ", ".join(f"{program.name} {program.state}" for program in programs)
             raise ChildFailed(f"not all programs run after {seconds:.0f} s: {states}\n{rig.logs()}")
