@@ -85,7 +85,7 @@ class Receipt(msgspec.Struct, eq=False):
     """What became of one message; await it, or look.
 
     `await receipt` returns None once the receiver (of a group: every member) has handled the message, and
-    raises Refused otherwise.
+    raises Refused otherwise; NotHandled or Fenced when the bus has ended before it was settled.
     """
 
     # A Struct for its constructor in C: one is made for each message.
@@ -114,6 +114,8 @@ class Receipt(msgspec.Struct, eq=False):
     def __await__(self) -> Generator[Any, None, None]:
         batch = self._batch
         if batch.settled < self._number:
+            if batch.abandoned is not None:
+                raise batch.abandoned
             future = asyncio.get_running_loop().create_future()
             if batch.waiters is None:
                 batch.waiters = []
@@ -410,6 +412,7 @@ class Bus:
         self._attached.clear()
         if not self._ended.done():
             self._ended.set_result(None)
+        self._abandon(NotHandled("the bus was closed before the message was settled"))
 
     # --- sending -----------------------------------------------------------------------------------
 
@@ -818,10 +821,25 @@ class Bus:
         if not self._ended.done():
             self._ended.set_exception(error)
             self._ended.exception()  # read: whoever waits gets it, and nobody has to
+        self._abandon(error)
+
+    def _abandon(self, error: Exception) -> None:
+        """Nothing will be settled any more: whoever waits hears it, and who sends on."""
+        waiters = list(self._core.open_waiters())
         for lane in self._lanes.values():
             for future in lane.waiters:
                 if not future.done():
                     future.set_result(None)
+            for batch in lane.batches:
+                batch.abandoned = error
+                waiters.extend(waiter for _, waiter in batch.waiters or ())
+                batch.waiters = None
+        for waiter in waiters:
+            future = waiter.done if isinstance(waiter, _GroupRequest) else waiter
+            if isinstance(future, asyncio.Future) and not future.done():
+                future.set_exception(error)
+                future.exception()  # read: nobody has to
+        self._lanes.clear()
 
     def _answer(self, header: emp.Admin, body: bytes) -> None:
         queue = self._streams.get(header.request)

@@ -11,7 +11,7 @@ message is handled at most once in this process and every redelivery is answered
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any, Final, NamedTuple
 
@@ -51,6 +51,7 @@ class OutBatch:
     """Messages of one lane that share a header; closed when it is first sent."""
 
     __slots__ = (
+        "abandoned",
         "body",
         "count",
         "deadline",
@@ -87,6 +88,8 @@ class OutBatch:
         self.refusals: dict[int, list[tuple[str, str | None]]] | None = None
         self.waiters: list[tuple[int, Any]] | None = None
         "The shell's: [(number, whom to wake)]."
+        self.abandoned: Exception | None = None
+        "The shell's: why it will never be settled (the bus has ended)."
 
     @property
     def last(self) -> int:
@@ -467,6 +470,10 @@ class ClientCore:
     @property
     def open_requests(self) -> int:
         return len(self._waiters)
+
+    def open_waiters(self) -> Iterable[Any]:
+        """Who waits for replies, as given to `expect`."""
+        return self._waiters.values()
 
     # --- the connection, time ----------------------------------------------------------------------------
 
