@@ -223,8 +223,10 @@ class EdgeHub(Module):
                 case Hangup(why):
                     if self._connection is not None:
                         self._connection.hang_up(why)
-                case Drain() | Finished():
-                    pass  # `stop` waits for the one and brings about the other
+                case Drain():
+                    pass  # `stop` waits; the writer goes on
+                case Finished():
+                    self._drained.set()
 
     def _init(self) -> None:
         """The first words on a new link."""
@@ -482,6 +484,7 @@ class EdgeHub(Module):
         """Whole numbers for status and metrics; `link_state` is the index of its state in LinkState."""
         window = self._connection.window if self._connection is not None else None
         counts = {name: self._counts[name] for name in _COUNTERS}
+        counts["reconnects"] = max(0, counts["connects"] - 1)
         counts["link_state"] = list(LinkState).index(self._session.state)
         counts["link_up"] = int(self._session.is_open)
         counts["link_served"] = int(self._session.state is LinkState.SERVED)

@@ -546,6 +546,18 @@ def test_stopping_says_goodbye_after_the_last_pong() -> None:
     run(scenario())
 
 
+def test_a_link_lost_while_stopping_ends_the_wait() -> None:
+    async def scenario() -> None:
+        cloud = FakeCloud(answers_barriers=False)
+        async with running(config(drain_seconds=1000.0), factory=cloud) as (hub, _):
+            await until_served(hub)
+            await hand_over(hub, upload(1))
+            asyncio.get_running_loop().call_later(0.05, cloud.link.lose, "EOF")
+        assert state(hub) == "stopped"
+
+    run(scenario())
+
+
 def test_stopping_does_not_wait_for_a_cloud_that_does_not_answer() -> None:
     async def scenario() -> None:
         cloud = FakeCloud(answers_barriers=False)
