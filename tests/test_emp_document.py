@@ -235,6 +235,7 @@ def test_the_limits_and_their_defaults_are_those_of_the_code() -> None:
     limits = BrokerLimits()
     assert kept == {name: getattr(limits, name) for name in limits.__struct_fields__ if name != "limits"}
     assert emp.MAX_BATCH_MESSAGES == 1024
+    assert emp.MAX_EXCEPTIONS == 1000
     assert f"more than {emp.MAX_HEADER_BYTES} bytes" in section("4. Frames")
     assert client_core.HELLO_AGAIN_SECONDS == 0.5
     assert client_core.MAX_IN_LANES == 4096
@@ -302,6 +303,7 @@ def changed(header: list[Any], place: int, value: Any) -> list[Any]:
     [
         pytest.param(emp.HELLO, changed(HELLO, 0, "-probe"), id="a name that begins with a mark"),
         pytest.param(emp.HELLO, changed(HELLO, 0, "p" * 65), id="a name of 65"),
+        pytest.param(emp.HELLO, changed(HELLO, 0, "probe\n"), id="a name that ends in a newline"),
         pytest.param(emp.HELLO, changed(HELLO, 1, ["g"] * 65), id="65 groups"),
         pytest.param(emp.HELLO, changed(HELLO, 2, "i" * 16), id="an incarnation as str"),
         pytest.param(emp.HELLO, changed(HELLO, 2, b"i" * 15), id="an incarnation of 15 bytes"),
@@ -314,6 +316,7 @@ def changed(header: list[Any], place: int, value: Any) -> list[Any]:
         pytest.param(emp.SEND, changed(SEND, 2, 0), id="number 0"),
         pytest.param(emp.SEND, changed(SEND, 3, 0), id="no message"),
         pytest.param(emp.SEND, changed(SEND, 3, 1025), id="1025 messages"),
+        pytest.param(emp.SEND, changed(SEND, 2, 2**62 + 1), id="a number above 2^62"),
         pytest.param(emp.SEND, changed(SEND, 4, 2**63), id="a floor of 2^63"),
         pytest.param(emp.SEND, [*SEND, 2, None, b"r" * 8], id="a requester of 8 bytes"),
         pytest.param(emp.SEND, [*SEND, 8, None, None, "", 1], id="an empty retain key"),
