@@ -283,7 +283,7 @@ _WIDE: Final = 200
 "Columns to assume where no terminal tells."
 
 _COLUMNS: Final = (
-    *("module", "state", "pid", "up", "queued", "oldest", "delivered", "redelivered", "refused"),
+    *("module", "state", "pid", "up", "queued", "in hand", "oldest", "delivered", "redelivered", "refused"),
     *("restarts", "PSS MiB", "RSS MiB", "incarnation"),
 )
 _OPTIONAL: Final = ("RSS MiB", "up", "incarnation", "restarts", "oldest", "redelivered")
@@ -305,6 +305,8 @@ def _cells(module: dict[str, Any]) -> dict[str, Text]:
     for key in ("queued", "delivered", "redelivered"):
         if key in module:
             cells[key] = Text(str(module[key]))
+    if "in_flight" in module:
+        cells["in hand"] = Text(str(module["in_flight"]))  # delivered and not yet acknowledged
     if module.get("oldest_age_ms"):
         cells["oldest"] = Text(duration(module["oldest_age_ms"] / 1000))
     if "refused" in module:

@@ -24,6 +24,7 @@ def on_bus(name: str, **more: Any) -> dict[str, Any]:
         "pid": 7,
         "incarnation": "0123456789abcdef",
         "queued": 3,
+        "in_flight": 5,
         "oldest_age_ms": 1500,
         "delivered": 1000,
         "redelivered": 2,
@@ -69,10 +70,12 @@ def test_the_table_shows_each_modules_numbers() -> None:
     [row] = join([program("edgehub")], [on_bus("edgehub")], {})
     text = shown(status(row, link={"state": "served", "endpoint": "cloud:10000"}))
     assert "cloud link served (cloud:10000)" in text
+    why = {"state": "served", "why": "served by cloud:10000", "endpoint": "cloud:10000"}
+    assert "cloud link served (served by cloud:10000)" in shown(status(row, link=why))
     assert "cloud link dialling (refused)" in shown(status(row, link={"state": "dialling", "why": "refused"}))
     assert "bus 2.0 KiB of 64.0 MiB held" in text
     cells = next(line.split() for line in text.splitlines() if line.startswith("edgehub"))
-    expected = "edgehub attached 7 1 m 5 s 3 1 s 1000 2 1 0 15.0 30.0 01234567"
+    expected = "edgehub attached 7 1 m 5 s 3 5 1 s 1000 2 1 0 15.0 30.0 01234567"
     assert " ".join(cells) == expected
     assert "refused by or for edgehub: denied 1\n" in text
 
