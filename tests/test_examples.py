@@ -218,12 +218,15 @@ def test_a_part_of_supervisords_configuration_names_its_module_and_leaves_time_t
     assert options["stdout_logfile"].endswith(f"/log/{file.stem}.log")
 
 
-def test_an_example_copied_into_modules_d_runs_under_supervisord(tmp_path: Path) -> None:
+def test_an_example_copied_into_a_running_nodes_modules_d_runs_after_an_update(tmp_path: Path) -> None:
     with node_in(tmp_path) as node:
         node.configure("modules: {edgeHub: {enable: false}, eventBus: {enable: false}}")
+        node.up()
         for name in ("echo.py", "echo.conf"):
             (node.home.modules / name).write_text((EXAMPLES / name).read_text())
-        node.up()
+        control = [sys.executable, "-m", "supervisor.supervisorctl", "-s", f"unix://{node.home.supervisor_socket}"]
+        updated = subprocess.run([*control, "update"], check=False, capture_output=True, text=True, cwd=tmp_path)
+        assert updated.returncode == 0, updated.stdout + updated.stderr
         node.until(lambda: is_attached(node, "echo"), "echo on the bus")
         asked = node.edgezmq("send", "echo", "-r", "anything", "--content", '{"x": 1}', "--request")
         assert asked.returncode == 0, asked.stderr
