@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.deadline import DEADLINE
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.processes
+def test_a_quick_run_measures_our_bus_and_writes_the_json(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", "bench", "--quick", "--only", "request", "--contender", "edgezmq"]
+    run = subprocess.run(
+        [*command, "--json", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=3 * DEADLINE, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    document = json.loads(out.read_text())
+    assert document["request_p50_us"]["edgezmq"] > 0
+    assert document["request_p99_us"]["edgezmq"] >= document["request_p50_us"]["edgezmq"]
+    assert document["request_p50_us"]["nats"] is None
+    assert document["bus_256_msgs_per_s"]["edgezmq"] is None
+    assert "request → reply, p50" in run.stdout
+
+
+@pytest.mark.processes
+def test_an_unknown_measure_is_refused_with_the_ones_there_are() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "bench", "--only", "nothing"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 2
+    assert "bus" in run.stderr
+    assert "idle" in run.stderr
