@@ -14,6 +14,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from typing import Any
@@ -41,8 +42,8 @@ def run_chunk(first: int) -> tuple[int, list[str]]:
             play(seed, **options)
         except Violation as violation:
             broken.append(f"{violation}\noptions {options}")
-        except Exception as fault:
-            broken.append(f"seed {seed} options {options}: {type(fault).__name__}: {fault}")
+        except Exception:
+            broken.append(f"seed {seed} options {options}\n{traceback.format_exc(limit=-4)}")
     return CHUNK, broken
 
 
