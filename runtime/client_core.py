@@ -531,7 +531,7 @@ class ClientCore:
         if self.state is State.GREETING:
             return (self._hello_at if self._hello_at is not None else now) + HELLO_AGAIN_SECONDS
         if self.state is State.ATTACHED:
-            if self._pinged is not None:
+            if self._pinged is not None and now >= self._ping_at:
                 return self._pinged[1] + self.liveness_seconds + 0.001
             return self._ping_at
         return now + 3600.0

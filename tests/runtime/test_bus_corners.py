@@ -111,3 +111,22 @@ def test_a_lost_connection_alone_counts_against_nobody() -> None:
     assert room.status("victim")["suspects"] == 0
     victim.ack_all()
     assert sender.settled() == (2, [])
+
+
+def test_an_idle_module_pings_at_the_heartbeat_and_not_only_before_it_would_be_called_silent() -> None:
+    broker = RawBroker(liveness_seconds=15.0)
+    broker.answer_ping(broker.welcome())
+    pinged = []
+    end = broker.now + 40.0
+    due = broker.core.next_deadline(broker.now)
+    while due < end:
+        broker.now = due
+        broker.core.expire(due)
+        # As the shell does it: the timer is armed after PING went out, before its PONG is here.
+        due = broker.core.next_deadline(broker.now)
+        for frames in broker.take():
+            if frames[0] == emp.PING:
+                pinged.append(broker.now)
+                broker.answer_ping([frames])
+    assert len(pinged) >= 7
+    assert max(later - before for before, later in itertools.pairwise(pinged)) <= 5.01
