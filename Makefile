@@ -77,7 +77,7 @@ test: $(VENV)/.stamp-dev ## All tests
 
 lint: $(VENV)/.stamp-dev ## ruff: style and common faults
 	@$(PY) -m ruff check . $(ARGS)
-	@$(PY) -m ruff format --check .
+	@$(PY) -m ruff format --check --config 'format.exclude = ["*.md"]' .
 
 types: $(VENV)/.stamp-dev ## mypy --strict
 	@$(PY) -m mypy $(ARGS)
