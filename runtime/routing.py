@@ -336,7 +336,7 @@ class _Module:
         self.held_messages = 0
         self.feeds: dict[str, list[_Feed]] = {}
         self.usages: dict[tuple[str, int], _Usage] = {}
-        self.interrupted: list[tuple[_Outlet, int]] = []  # in flight when a session ended, and the first number of each
+        self.interrupted: list[tuple[_Outlet, int, int]] = []  # in flight when a session ended: first and last number
         self.store_lanes: dict[tuple[str, str], _Lane] = {}  # by source and group
         self.suspects: dict[_Outlet, int] = {}
         self.timed = 0  # batches in its mailbox that may expire
@@ -652,7 +652,7 @@ class RoutingCore:
                 first = outlet.acked + 1
                 if outlet.in_flight:
                     first = max(first, outlet.in_flight[0].from_)
-                module.interrupted.append((outlet, first))
+                module.interrupted.append((outlet, first, outlet.delivered_to))
                 outlet.redelivered_to = max(outlet.redelivered_to, outlet.delivered_to)
                 outlet.waiting.extendleft(reversed(outlet.in_flight))
                 outlet.in_flight.clear()
@@ -669,14 +669,15 @@ class RoutingCore:
         The connection may have been lost before; nothing is counted when the same process comes back.
         """
         interrupted, module.interrupted = module.interrupted, []
-        for outlet, first in interrupted:
+        for outlet, first, last in interrupted:
             if outlet.acked >= first:
                 continue
             if outlet.deaths is None:
                 outlet.deaths = {}
             deaths = outlet.deaths[first] = outlet.deaths.get(first, 0) + 1
             if deaths >= self.limits.solo_after_deaths:
-                module.suspects[outlet] = first
+                # The first may be innocent, handled and not yet acknowledged: each of them is delivered alone.
+                module.suspects[outlet] = max(first, last, module.suspects.get(outlet, 0))
 
     def _let_go(self, module: _Module, now: float) -> None:
         """Forget an undeclared module that is gone; what waits for it is refused as `gone` (rule 25)."""
@@ -1128,10 +1129,10 @@ class RoutingCore:
             if outlet.voided and batch.first in outlet.voided:
                 self._settle_voided(outlet)
                 continue
-            assert outlet.deaths is not None
             number = max(batch.from_, outlet.acked + 1)
             alone = split_batch(bytes(batch.body), number - batch.first)
-            if alone is None or outlet.deaths.get(number, 0) >= self.limits.poison_after_deaths:
+            deaths = outlet.deaths.get(number, 0) if outlet.deaths is not None else 0
+            if alone is None or deaths >= self.limits.poison_after_deaths:
                 self._refuse_number(outlet, number, emp.FAILED if alone is not None else emp.INVALID)
                 self._cleared(outlet)
                 continue

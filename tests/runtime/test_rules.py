@@ -1029,6 +1029,26 @@ def test_rule_32_a_message_that_kills_its_receiver_is_delivered_alone_then_refus
     assert sender.settled() == (3, [(2, "failed", None)])
 
 
+def test_rule_32_a_killer_in_the_middle_of_a_batch_is_found_after_few_deaths() -> None:
+    """What was handled before it is not acknowledged: the ACK would have come after the batch."""
+    room = BrokerRoom(declared={"receiver": ()}, solo_after_deaths=2, poison_after_deaths=3)
+    sender = room.peer("sender", liveness=1000.0)
+    sender.send("receiver", 1, 100)
+    deaths = 0
+    while room.status("receiver")["queued"]:
+        receiver = room.peer("receiver")
+        while delivered := receiver.take(emp.DELIVER):
+            if any(header.from_ <= 60 < header.first + header.count for header in delivered):
+                deaths += 1
+                room.core.died("receiver", receiver.pid, room.now)
+                break
+            for header in delivered:
+                receiver.ack(header.lane, header.first + header.count - 1)
+        assert deaths < 10
+    assert deaths == 2 + 3
+    assert sender.settled() == (100, [(60, "failed", None)])
+
+
 def test_rule_32_a_suspect_that_is_handled_clears_the_way() -> None:
     room = BrokerRoom(declared={"receiver": ()}, solo_after_deaths=1)
     sender, other = room.peer("sender", liveness=1000.0), room.peer("other", liveness=1000.0)
