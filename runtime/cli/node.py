@@ -200,7 +200,10 @@ def _was_supervised(pid: int) -> bool:
 
 
 def check_path_lengths(home: Home, config: NodeConfig) -> None:
-    """Raise ConfigError when a unix socket's path does not fit into the kernel's address."""
+    """Raise ConfigError when a unix socket's path does not fit into the kernel's address, or supervisord's file."""
+    if any(char.isspace() for char in str(home.path)):
+        # supervisord separates the patterns of [include] by spaces, and has no way to quote them.
+        raise ConfigError("EDGEZMQ_HOME", str(home.path), "a path without spaces")
     # supervisord binds a name with its pid behind it first, and renames that.
     sockets = [str(home.supervisor_socket) + ".4194304"]
     endpoint = config.endpoint(home)

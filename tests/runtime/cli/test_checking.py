@@ -188,7 +188,8 @@ def test_a_wrong_configuration_is_a_finding_and_not_an_end(tmp_path: Path) -> No
     assert found["disk"].verdict in ("ok", "warn")
 
 
-def test_a_home_with_a_path_too_long_for_a_socket_fails(tmp_path: Path) -> None:
-    home = Home(tmp_path / ("x" * 120))
-    found = [finding for finding in checking.state_directory(home, NodeConfig()) if finding.subject == "paths"]
-    assert [finding.verdict for finding in found] == ["fail"]
+def test_a_home_with_a_path_too_long_for_a_socket_or_with_spaces_fails(tmp_path: Path) -> None:
+    for name in ("x" * 120, "my node"):
+        home = Home(tmp_path / name)
+        found = [finding for finding in checking.state_directory(home, NodeConfig()) if finding.subject == "paths"]
+        assert [finding.verdict for finding in found] == ["fail"]
