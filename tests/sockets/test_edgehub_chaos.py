@@ -66,7 +66,10 @@ def test_random_faults_lose_nothing(seed: int, tmp_path: Path) -> None:
         enough = asyncio.Event()
         async with (
             cloud(tmp_path, replacement_race=0.2, seed=seed) as sim,
-            served(sim, silence_seconds=0.3, greeting_seconds=0.3, retry_cap_seconds=0.2) as (hub, bus),
+            served(sim, silence_seconds=0.3, greeting_seconds=0.3, handshake_seconds=1.0, retry_cap_seconds=0.2) as (
+                hub,
+                bus,
+            ),
             asyncio.TaskGroup() as tasks,
         ):
             tasks.create_task(keep_sending(hub, deferrals, enough))
