@@ -147,8 +147,7 @@ def _peer_table(results: Results) -> str:
             [
                 LABELS[measure],
                 *(cell(by_name[name]) if name in by_name else "–" for name in (EDGEZMQ, NATS, NATS_UVLOOP, MOSQUITTO)),
-                _times(ratio(ours, by_name.get(NATS))),
-                _times(ratio(ours, by_name.get(MOSQUITTO))),
+                *(_times(ratio(ours, by_name[peer])) if peer in contenders else "–" for peer in (NATS, MOSQUITTO)),
             ]
         )
     if not rows:
