@@ -105,8 +105,12 @@ class Child:
             how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
             raise DemoFailed(f"{self.name} {how}{last_words(self.log)}", self.log)
 
+    def status(self) -> int | None:
+        """Its exit status; None while it runs."""
+        return self._process.poll()
+
     def has_ended(self) -> bool:
-        return self._process.poll() is not None
+        return self.status() is not None
 
     def ask_to_end(self) -> None:
         self._signal(signal.SIGTERM)

@@ -12,7 +12,7 @@ from demo.telling import Teller
 
 
 def play(stage: Stage, teller: Teller, mqtt: str) -> int:
-    """Start everything, say what can be done with it, and stay until Ctrl-C (KeyboardInterrupt)."""
+    """Start everything, say what can be done with it, and stay until `edgezmq down` or KeyboardInterrupt."""
     stage.start_cloud()
     teller.step("cloudsim is up: it stands for the cloud.")
     stage.start_mqtt(mqtt)
@@ -30,9 +30,11 @@ def play(stage: Stage, teller: Teller, mqtt: str) -> int:
         commands=COMMANDS,
     ).splitlines():
         teller.line(line)
-    while True:
+    while not stage.node_was_stopped():
         stage.check()
-        time.sleep(0.5)  # between two looks at the helpers
+        time.sleep(0.1)  # between two looks
+    teller.say("The node was stopped (`edgezmq down`): ending what is around it, too.")
+    return 0
 
 
 HOW_TO = """

@@ -225,6 +225,10 @@ class Stage:
             if child is not None:
                 child.check()
 
+    def node_was_stopped(self) -> bool:
+        """Whether the node has ended in good order, which somebody must have asked for."""
+        return self._node is not None and self._node.status() == 0
+
     def failing_program(self) -> str | None:
         """A program that does not start, for a failure to name its log."""
         with contextlib.suppress(SupervisorError):
