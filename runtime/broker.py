@@ -25,6 +25,7 @@ import zmq
 from runtime import emp, locks, logs, memory
 from runtime.config import NodeConfig, load
 from runtime.errors import EdgezmqError
+from runtime.exits import stopped_status
 from runtime.home import Home, find_home
 from runtime.routing import BrokerLimits, Credentials, Life, Out, Peer, RoutingCore
 from runtime.sockets import is_readable, receive_routed, send_routed
@@ -268,7 +269,7 @@ def main() -> int:
     except zmq.ZMQError as fault:
         print(f"broker: cannot bind the bus: {fault}", file=sys.stderr)  # noqa: T201
         return 2
-    return 0
+    return stopped_status()
 
 
 if __name__ == "__main__":

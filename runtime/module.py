@@ -26,6 +26,7 @@ from runtime import locks, logs, memory
 from runtime.client import Bus
 from runtime.config import NodeConfig, load
 from runtime.errors import ConfigError, EdgezmqError, Fenced, HelloRefused, NameTaken
+from runtime.exits import stopped_status
 from runtime.home import Home, find_home
 from runtime.message import Message
 from runtime.names import check_name
@@ -83,8 +84,8 @@ class Module:
 def run(module: type[Module] | Module) -> NoReturn:
     """Run the module until SIGTERM or SIGINT, then drain and exit.
 
-    Exit status: 0 stopped, 1 the module failed (its traceback is in the log), 2 a setting or the broker says no,
-    3 a newer process of this name has taken over.
+    Exit status: 0 stopped (143 under supervisord: runtime.exits), 1 the module failed (its traceback is in the log),
+    2 a setting or the broker says no, 3 a newer process of this name has taken over.
     """
     sys.exit(serve(module))
 
@@ -114,7 +115,7 @@ def serve(module: type[Module] | Module) -> int:
 def _serve(module: Module, node: NodeConfig, home: Home) -> int:
     module.node = node
     module.home = home
-    status = 0
+    status = stopped_status()
     try:
         asyncio.run(_main(module, node.endpoint(home)))
     except* Fenced as fenced:

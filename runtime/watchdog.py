@@ -21,8 +21,8 @@ from typing import Any, Final, NoReturn
 import zmq
 
 from runtime.admin import AdminClient, AdminRefused
-from runtime.disabled import exit_disabled
 from runtime.errors import AlreadyRunning
+from runtime.exits import exit_disabled
 from runtime.home import Home, bus_endpoint, find_home
 from runtime.locks import die_with_parent, hold
 from runtime.memory import settle

@@ -9,8 +9,8 @@ from modules.edgehub.config import EdgeHubConfig
 from modules.edgehub.hub import EdgeHub
 from modules.edgehub.link import make_link
 from runtime import config, logs
-from runtime.disabled import exit_disabled
 from runtime.errors import ConfigError
+from runtime.exits import exit_disabled
 from runtime.home import find_home
 from runtime.module import EXIT_CONFIG, run
 

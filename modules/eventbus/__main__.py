@@ -8,8 +8,8 @@ import sys
 from modules.eventbus.bus import EventBus
 from modules.eventbus.config import from_node
 from runtime import config, logs
-from runtime.disabled import exit_disabled
 from runtime.errors import ConfigError
+from runtime.exits import exit_disabled
 from runtime.home import find_home
 from runtime.module import run
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import signal
 import sys
 from typing import Any
@@ -65,6 +66,8 @@ def main() -> None:
     log.setLevel(logging.INFO)
     make_patient()
     asyncio.run(serve(json.loads(sys.argv[1])))
+    # As runtime.exits.stopped_status, which cannot be imported in this environment.
+    sys.exit(128 + signal.SIGTERM if os.environ.get("EDGEZMQ_SUPERVISOR_PID") else 0)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from typing import Any, Final
 
 from modules.eventbus.config import EventBusConfig, from_node, parse_server
 from runtime import config, locks, logs
-from runtime.disabled import exit_disabled
 from runtime.errors import AlreadyRunning, ConfigError
+from runtime.exits import exit_disabled
 from runtime.home import find_home
 
 log = logging.getLogger("modules.eventbus.broker")

@@ -130,6 +130,14 @@ def test_what_is_killed_is_started_again_and_counted(node: Node, name: str) -> N
     node.until(lambda: node.module("echo")["state"] == "attached", "echo on the bus")
 
 
+@pytest.mark.parametrize("name", ["echo", "broker", "watchdog"])
+def test_a_kill_that_lets_it_drain_does_not_keep_it_down(node: Node, name: str) -> None:
+    pid = node.wait_running(name)
+    os.kill(pid, signal.SIGTERM)
+    node.wait_running(name, not_pid=pid)
+    node.until(lambda: node.module("echo")["state"] == "attached", "echo on the bus")
+
+
 def test_a_module_that_blocks_is_aborted_with_a_traceback_and_started_again(node: Node) -> None:
     pid = node.wait_running("hanger")
     node.until(lambda: node.module("hanger")["state"] == "attached", "hanger on the bus")
