@@ -65,7 +65,7 @@ class _NotAllWell(Exception):
 
 
 def _show(stage: Stage, script: Script, teller: Teller, mqtt: str) -> int:
-    kills = " and ".join(script.kills)
+    kills = " and ".join(dict.fromkeys(script.kills))
     teller.say(
         "This is an edge node: programs that run near devices and pass messages between them and a cloud. Each part "
         "is a process of its own, so that one may crash without the others. Let us see whether messages get lost "

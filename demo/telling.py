@@ -75,8 +75,8 @@ class Teller:
         if now >= self._next_line:
             self._next_line = now + _PLAIN_SECONDS
             self.step(
-                f"uploads {tally.uploads.sent} published, {tally.uploads.arrived} of {uploads} in the cloud;  "
-                f"commands {tally.commands.sent} sent, {tally.commands.arrived} of {commands} answered"
+                f"uploads: {tally.uploads.sent} sent, {tally.uploads.arrived} of {uploads} in the cloud; "
+                f"commands: {tally.commands.sent} sent, {tally.commands.arrived} of {commands} answered"
             )
 
     def _show_bars(self, tally: Tally, uploads: int, commands: int) -> None:

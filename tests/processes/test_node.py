@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -148,6 +149,31 @@ def test_nothing_is_lost_while_each_process_in_turn_is_killed(site: Site) -> Non
     assert {name: modules[name]["pid"] for name in pids} == pids
     assert (modules["edgehub"]["state"], modules["eventbus"]["state"]) == ("attached", "attached")
     assert (modules["edgehub"]["queued"], modules["eventbus"]["queued"]) == (0, 0)
+
+
+def test_nothing_is_lost_when_all_processes_are_killed_at_the_same_moment(site: Site) -> None:
+    victims = ("broker", "edgehub", "eventbus", "watchdog")
+    pids = {name: site.wait_running(name) for name in victims}
+    with Teller() as teller:
+        show = Show(site.stage, Script(uploads=300, commands=30, seconds=3.0, kills=()), teller)
+
+        def kill_all() -> None:
+            until_sync(lambda: show.tally.uploads.arrived >= 100, "the traffic to flow")
+            for pid in pids.values():
+                os.kill(pid, signal.SIGKILL)
+
+        killer = threading.Thread(target=kill_all)
+        try:
+            show.wait_ready()
+            killer.start()
+            tally = show.run()
+        finally:
+            show.close()
+    killer.join()
+    assert (tally.uploads.sent, tally.commands.sent) == (300, 30)
+    assert (tally.uploads.lost, tally.commands.lost) == (0, 0), site.logs()
+    for name, pid in pids.items():
+        site.wait_running(name, not_pid=pid)
 
 
 def test_status_tells_what_waits_for_a_stopped_process_and_that_it_has_gone_on(site: Site) -> None:
