@@ -382,7 +382,7 @@ class Bus:
         self._core.drain(timeout)
         self._flush()
         while self._loop.time() < end:
-            if not self._running and not any(lane.messages for lane in self._lanes.values()):
+            if not self._running and not any(map(_has_unsettled, self._lanes.values())):
                 return
             await asyncio.sleep(0.01)  # between two looks; ends with the deadline
 
@@ -1041,6 +1041,11 @@ class _Connecting:
     ) -> None:
         if self._bus is not None:
             await self._bus.aclose()
+
+
+def _has_unsettled(lane: OutLane) -> bool:
+    """Whether a drain should wait for the lane. Not for retained messages: the broker keeps them for absent members."""
+    return any(batch.retain_key is None for batch in lane.batches)
 
 
 def _with_id(message: Message) -> Message:

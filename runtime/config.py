@@ -171,6 +171,16 @@ class EdgeHubExtras(Section, frozen=True):
     memory_messages: Count = 65_536
     "Messages held in memory, waiting or unconfirmed."
     memory_bytes: Annotated[int, Meta(ge=65_536, le=2**40)] = 32 * 2**20
+    outbox_messages: Count = 2_000_000
+    "Messages on disk at the most, of each class (signals, data)."
+    outbox_bytes: Annotated[int, Meta(ge=2**20, le=2**50)] = 512 * 2**20
+    "Bytes on disk at the most, of each class."
+    outbox_max_age: Annotated[float, Meta(ge=0)] = 0.0
+    "Seconds after which a stored message is dropped, into the ledger. 0: never."
+    outbox_when_full: Literal["wait", "drop-oldest"] = "wait"
+    "At the limit senders wait, or the oldest uploads are dropped, into the ledger. Signals always wait."
+    spill_after: Annotated[float, Meta(ge=0.01, le=3600)] = 0.2
+    "Seconds without the cloud's confirmation after which a message is stored (four round trips, if that is longer)."
     window_bytes_max: Annotated[int, Meta(ge=16_384, le=2**40)] = 8 * 2**20
     "At most so many bytes are written and not yet confirmed by a pong."
     greeting_seconds: Seconds = 5.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from runtime.errors import ConfigError
@@ -86,6 +87,17 @@ class EdgeHubConfig:
     memory_messages: int = 65_536
     "Waiting or unconfirmed, each class."
     memory_bytes: int = 32 * 2**20
+    outbox_path: Path | None = None
+    "The file of the outbox; None: nothing is stored, and what the cloud has not confirmed is not settled."
+    outbox_messages: int = 2_000_000
+    "Stored at most, of each class (signals, data). Above it senders wait, or the oldest are dropped."
+    outbox_bytes: int = 512 * 2**20
+    outbox_max_age_seconds: float | None = None
+    "Stored messages that are older are dropped, into the ledger. None: never."
+    outbox_drops_oldest: bool = False
+    "At the limit drop the oldest data, into the ledger, rather than let senders wait."
+    spill_seconds: float = 0.2
+    "What the cloud has not confirmed after so long (or four round trips, if longer) is stored."
     window_bytes_max: int = 8 * 2**20
     "Written and without a pong, on the fastest link."
     max_upload_bytes: int = 16 * 2**20
@@ -171,6 +183,11 @@ class EdgeHubConfig:
             message_burst=hub.message_burst,
             memory_messages=extra.memory_messages,
             memory_bytes=extra.memory_bytes,
+            outbox_messages=extra.outbox_messages,
+            outbox_bytes=extra.outbox_bytes,
+            outbox_max_age_seconds=extra.outbox_max_age or None,
+            outbox_drops_oldest=extra.outbox_when_full == "drop-oldest",
+            spill_seconds=extra.spill_after,
             window_bytes_max=extra.window_bytes_max,
             max_content_depth=extra.max_content_depth,
             request_seconds=extra.request_seconds,

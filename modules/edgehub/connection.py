@@ -17,7 +17,7 @@ from modules.edgehub.config import EdgeHubConfig, Endpoint
 from modules.edgehub.lanes import Lanes
 from modules.edgehub.link import Link, LinkLost, LinkRefused, Passed, Received
 from modules.edgehub.liveness import Liveness
-from modules.edgehub.outbox import Class, Outbox
+from modules.edgehub.outbox import Class, Outbox, Poisoned
 from modules.edgehub.session import Action, Failed, LinkSession, Lost, Opened
 from modules.edgehub.window import ByteWindow, TokenBucket
 from runtime.message import Message
@@ -52,6 +52,12 @@ class Host(Protocol):
 
     def confirmed(self, count: int) -> None:
         """The cloud has so many messages more."""
+
+    def given_up(self, poisoned: Poisoned[Settles]) -> None:
+        """The cloud cuts every link on which this message comes."""
+
+    def load(self) -> None:
+        """The outbox may want stored messages read."""
 
 
 class Connection:
@@ -122,8 +128,7 @@ class Connection:
             await self._link.close(is_polite=self._hang_up is not None or lost.why == "stopped")
             poisoned = self._outbox.lost(is_cut_by_cloud=lost.is_cut_by_cloud)
         if poisoned is not None:
-            log.warning("refused a message: the cloud cut every link on which it came first reason=failed")
-            poisoned.refuse("failed")
+            self._host.given_up(poisoned)
         log.info("link lost endpoint=%s why=%s", endpoint, lost.why)
         self._host.perform(self._session.receive(Lost(lost.why), now=self._clock()))
 
@@ -148,15 +153,15 @@ class Connection:
                 self._is_reading_stopped = False
 
     def _passed(self, barrier: int, now: float) -> None:
-        before = self._window.size_bytes
+        size = self._window.size_bytes
         self._window.barrier_passed(now=now)
-        if self._window.size_bytes > before:
+        if self._window.size_bytes > size:
             self._link.fit_send_buffer(self._window.size_bytes)
-        settled = self._outbox.passed(barrier)
-        for token in settled:
+        before = self._outbox.confirmed
+        for token in self._outbox.passed(barrier):
             token.done()
-        if settled:
-            self._host.confirmed(len(settled))
+        if self._outbox.confirmed > before:
+            self._host.confirmed(self._outbox.confirmed - before)
         self._work.set()
 
     # --- up ------------------------------------------------------------------------------------
@@ -194,6 +199,7 @@ class Connection:
                 entries = outbox.take(min(room, _BATCH_BYTES), max_messages=_BATCH_MESSAGES, max_data=max_data)
                 if entries:
                     payloads = [entry.payload for entry in entries]
+                    self._host.load()
                     if self._bucket.is_limited:
                         self._bucket.take(sum(1 for entry in entries if entry.kind is Class.DATA))
                 elif room < _BATCH_BYTES:

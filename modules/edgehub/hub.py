@@ -13,6 +13,9 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 from modules.edgehub import cloud
@@ -22,7 +25,7 @@ from modules.edgehub.connection import Connection, Settles
 from modules.edgehub.dispatch import Received, Seen, destination
 from modules.edgehub.lanes import Lanes
 from modules.edgehub.link import Link, make_link
-from modules.edgehub.outbox import Class, Outbox, OutboxLimits
+from modules.edgehub.outbox import Class, Outbox, OutboxLimits, Poisoned, StoredRow
 from modules.edgehub.session import (
     Action,
     Announce,
@@ -39,9 +42,10 @@ from modules.edgehub.session import (
     Proven,
     StopWanted,
 )
+from modules.edgehub.store import Dropped, Row, Store
 from modules.edgehub.sync_keeper import Late, Question, SyncKeeper
 from modules.edgehub.window import TokenBucket
-from runtime.emp import EXPIRED, GONE, INVALID, OVERFLOW, TOO_LARGE, UNROUTABLE, Priority
+from runtime.emp import EXPIRED, FAILED, GONE, INVALID, OVERFLOW, TOO_LARGE, UNROUTABLE, Priority
 from runtime.errors import InvalidMessage, MalformedMessage, MessageTooLarge, NotHandled, Refused, UsageError
 from runtime.message import Deferral, Message, from_cloud_json
 from runtime.module import Module
@@ -56,6 +60,9 @@ STATUS_OPERATION: Final = "status"
 TOO_LARGE_FOR_LINK: Final = "too-large-for-link"
 "Refusal: the message alone would hold the link for more than half the keepalive limit."
 
+OUTBOX_FILE: Final = "outbox.db"
+_SPILL_TOGETHER_SECONDS: Final = 0.005
+_STORE_REST_SECONDS: Final = 3.0
 _WARN_SECONDS: Final = 10.0
 "A warning of one kind at most so often; the counters have the rest."
 _EXCERPT_BYTES: Final = 200
@@ -118,16 +125,24 @@ class EdgeHub(Module):
         self._warned: dict[str, float] = {}
         self._room_waiters: list[asyncio.Future[None]] = []
         self._keeper_timer: asyncio.TimerHandle | None = None
+        self._store: Store | None = None
+        self._spill_timer: asyncio.TimerHandle | None = None
+        self._stored: asyncio.Event = asyncio.Event()
 
     # --- life ----------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """KubeEdge's initial: tell everybody that the cloud is not there yet, begin to dial."""
-        config = self._given_config or EdgeHubConfig.from_node(self.node)
+        config = self._given_config or replace(
+            EdgeHubConfig.from_node(self.node), outbox_path=self.home.data / OUTBOX_FILE
+        )
         self._factory(config)  # a wrong protocol is an error now, not at the first dial
         self._config = config
         self._loop = asyncio.get_running_loop()
-        self._outbox: Outbox[Settles] = Outbox(OutboxLimits(config.memory_messages, config.memory_bytes))
+        self._outbox: Outbox[Settles] = Outbox(
+            OutboxLimits(config.memory_messages, config.memory_bytes, config.outbox_messages, config.outbox_bytes)
+        )
+        self._open_store()
         self._bucket = TokenBucket(config.message_qps, config.message_burst)
         self._wake = asyncio.Event()
         self._drained = asyncio.Event()
@@ -197,6 +212,7 @@ class EdgeHub(Module):
                 log.info("stopped with messages unconfirmed count=%d", self._outbox.held_messages)
             if self._session.state is LinkState.DRAINING:
                 self.perform(self._session.receive(Drained(), now=self._loop.time()))
+        await self._store_the_rest()
         if self._keeper_timer is not None:
             self._keeper_timer.cancel()
         self._wake.set()
@@ -204,6 +220,9 @@ class EdgeHub(Module):
         await asyncio.wait([self._runner])
         self._announcer.cancel()
         self._lanes.stop()
+        if self._store is not None:
+            store, self._store = self._store, None
+            await asyncio.to_thread(store.stop)
 
     # --- what the session wants --------------------------------------------------------------------
 
@@ -279,7 +298,9 @@ class EdgeHub(Module):
         if delivery.expects_reply:
             self._ask(message, payload, kind, delivery.ttl_ms)
         else:
-            outbox.put(payload, message.defer(), kind)
+            outbox.put(payload, message.defer(), kind, sender=delivery.sender, now=self._loop.time())
+            if self._spill_timer is None and self._store is not None:
+                self._arm_spill()
         if self._connection is not None:
             self._connection.wake()
 
@@ -295,16 +316,179 @@ class EdgeHub(Module):
 
     def confirmed(self, count: int) -> None:
         self._counts["confirmed"] += count
+        if self._store is not None:
+            for kind, upto in self._outbox.deletions():
+                self._store.delete(kind, upto)
+        self.load()
+        self._make_room()
+        self._check_drained()
+
+    def _make_room(self) -> None:
         if self._room_waiters:
             waiters, self._room_waiters = self._room_waiters, []
             for waiter in waiters:
                 if not waiter.done():
                     waiter.set_result(None)
-        self._check_drained()
 
     def _check_drained(self) -> None:
-        if self._session.state is LinkState.DRAINING and self._outbox.held_messages == 0:
+        if self._session.state is LinkState.DRAINING and self._outbox.memory_messages == 0:
             self._drained.set()
+
+    # --- the outbox on disk ------------------------------------------------------------------------------
+
+    def _open_store(self) -> None:
+        """Open the file and take up what it holds. Without a path (tests) everything stays in memory."""
+        config = self._config
+        if config.outbox_path is None:
+            return
+        self._store = store = Store(
+            config.outbox_path,
+            boot_id=_boot_id(),
+            clock=lambda: time.clock_gettime(time.CLOCK_BOOTTIME),
+            wall_ms=lambda: time.time_ns() // 1_000_000,
+            call_back=self._call_back,
+            on_damage=self._on_damage,
+        )
+        for kind, extent in zip(Class, store.extents(), strict=True):
+            self._outbox.restore(kind, extent.first, extent.last, extent.messages, extent.bytes)
+        store.start()
+        if self._outbox.stored_messages:
+            log.info("outbox taken up messages=%d bytes=%d", self._outbox.stored_messages, self._outbox.stored_bytes)
+        self.load()
+        if config.outbox_max_age_seconds is not None:
+            self.tasks.create_task(self._expire_stored(config.outbox_max_age_seconds), name="outbox age")
+
+    def _call_back(self, answer: Callable[[], None]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(answer)
+        except RuntimeError:
+            pass  # the loop has ended; what was committed is in the file
+
+    def _spill_after(self) -> float:
+        """Seconds that the cloud has to confirm a message before it is stored."""
+        window = self._connection.window if self._connection is not None else None
+        rtt = window.rtt_seconds if window is not None else None
+        return max(self._config.spill_seconds, 4 * (rtt or 0.0))
+
+    def _arm_spill(self) -> None:
+        oldest = self._outbox.oldest_unstored()
+        if oldest is None:
+            self._spill_timer = None
+            return
+        due = oldest + self._spill_after() if self._session.is_open else oldest
+        # Without a link what comes in one turn of the loop, and a little longer, is stored in one commit.
+        self._spill_timer = self._loop.call_at(max(due, self._loop.time() + _SPILL_TOGETHER_SECONDS), self._spill)
+
+    def _spill(self) -> None:
+        """Store what the cloud has not confirmed in time; without a link everything."""
+        now = self._loop.time()
+        self._store_older_than(now - self._spill_after() if self._session.is_open else now + 1.0)
+        self._arm_spill()
+
+    def _store_older_than(self, born_before: float) -> None:
+        store = self._store
+        if store is None:
+            return
+        for kind in Class:
+            while rows := self._outbox.spill(kind, born_before):
+                store.add(kind, [Row(*row) for row in rows], partial(self._on_stored, kind, rows[-1].row))
+                self._counts["spilled"] += len(rows)
+
+    def _on_stored(self, kind: Class, upto: int) -> None:
+        for token in self._outbox.stored(kind, upto):
+            token.done()
+        self._stored.set()
+        self._make_room()
+        self.load()
+        self._keep_within_bytes(kind)
+        if self._connection is not None:
+            self._connection.wake()
+
+    def _keep_within_bytes(self, kind: Class) -> None:
+        """By policy: rather the newest than to push back on the senders."""
+        config, store = self._config, self._store
+        if config.outbox_drops_oldest and kind is Class.DATA and store is not None:
+            messages, size = self._outbox.stored_of(kind)
+            if size > config.outbox_bytes * 0.95 or messages > config.outbox_messages * 0.95:
+                excess = max(size // 20, size - int(config.outbox_bytes * 0.9))
+                store.drop_bytes(kind, excess, "outbox-full", partial(self._on_dropped, kind))
+
+    async def _expire_stored(self, seconds: float) -> None:
+        while True:
+            await asyncio.sleep(min(60.0, max(1.0, seconds / 10)))
+            if self._store is not None and not self._outbox.unconfirmed:
+                for kind in Class:
+                    self._store.drop_older(kind, seconds, "too-old", partial(self._on_dropped, kind))
+
+    def _on_dropped(self, kind: Class, what: Dropped, upto: int) -> None:
+        if not what.messages:
+            return
+        self._outbox.dropped(kind, upto, what.messages, what.bytes)
+        self._counts["dropped"] += what.messages
+        self._make_room()
+        self._warn(
+            "dropped",
+            "dropped after acceptance reason=%s class=%s messages=%d bytes=%d (edgezmq ledger tells more)",
+            what.reason,
+            kind.name.lower(),
+            what.messages,
+            what.bytes,
+        )
+
+    def _on_damage(self, where: str) -> None:
+        """The store has set a damaged file aside and begun a new one: store again what is still in memory."""
+        gone = self._outbox.damaged()
+        self._counts["outbox_damaged"] += 1
+        log.error("the outbox file was damaged and is kept as %s; messages that only it held: %d", where, gone)
+        if gone and self._store is not None:
+            self._counts["dropped"] += gone
+            self._store.note_many(Class.DATA, "outbox-damaged", gone)
+        self._spill()
+
+    def load(self) -> None:
+        """Have stored messages read that will be written next."""
+        store = self._store
+        if store is None:
+            return
+        for kind, after in self._outbox.wanted():
+            store.read(kind, after, partial(self._on_loaded, kind, after))
+
+    def _on_loaded(self, kind: Class, after: int, rows: list[Row]) -> None:
+        self._outbox.loaded(kind, after, [StoredRow(*row) for row in rows], now=self._loop.time())
+        if self._connection is not None:
+            self._connection.wake()
+
+    def given_up(self, poisoned: Poisoned[Settles]) -> None:
+        """Quarantine: refused to its sender, or, when it was accepted before, into the ledger."""
+        log.warning(
+            "gave up a message: the cloud cut every link on which it came first sender=%s bytes=%d",
+            poisoned.sender,
+            len(poisoned.payload),
+        )
+        if poisoned.token is not None:
+            poisoned.token.refuse(FAILED)
+        elif self._store is not None:
+            self._counts["dropped"] += 1
+            self._store.note(poisoned.kind, "cut-by-cloud", poisoned.sender, poisoned.payload)
+        self.confirmed(0)
+
+    async def _store_the_rest(self) -> None:
+        """Before the end: what the cloud has not confirmed is stored, and so settled to its senders."""
+        if self._spill_timer is not None:
+            self._spill_timer.cancel()
+            self._spill_timer = None
+        if self._store is None:
+            return
+        end = self._loop.time() + _STORE_REST_SECONDS
+        while self._outbox.oldest_unstored() is not None or self._outbox.is_storing:
+            self._stored.clear()
+            self._store_older_than(self._loop.time() + 1.0)
+            try:
+                async with asyncio.timeout_at(end):
+                    await self._stored.wait()
+            except TimeoutError:
+                log.warning("stopped before everything was stored messages=%d", self._outbox.memory_messages)
+                return
 
     # --- requests: syncKeeper ----------------------------------------------------------------------------
 
@@ -321,7 +505,7 @@ class EdgeHub(Module):
             asked.refuse(OVERFLOW)
             return
         self._counts["requests"] += 1
-        self._outbox.put(payload, asked, kind)
+        self._outbox.put(payload, asked, kind, is_volatile=True)
         self._arm_keeper()
 
     def _arm_keeper(self) -> None:
@@ -341,7 +525,7 @@ class EdgeHub(Module):
         for question in self._keeper.to_ask_again():
             if question.token.is_confirmed:
                 question.token.is_confirmed = False
-                self._outbox.put(question.payload, question.token, Class.SIGNAL)
+                self._outbox.put(question.payload, question.token, Class.SIGNAL, is_volatile=True)
 
     async def _give_answer(self, question: Question[_Asked], answer: Message) -> None:
         """The cloud's answer goes to the module that asked; then the cloud gets its ACK."""
@@ -445,7 +629,7 @@ class EdgeHub(Module):
 
     def _acknowledge(self, message: Message) -> None:
         payload = cloud.encode_up(cloud.ack(message), self._config.max_content_depth)
-        self._outbox.put(payload, _OWN, Class.SIGNAL)
+        self._outbox.put(payload, _OWN, Class.SIGNAL, is_volatile=True)
         self._counts["acks"] += 1
         if self._connection is not None:
             self._connection.wake()
@@ -476,6 +660,10 @@ class EdgeHub(Module):
             "message_qps": self._config.message_qps,
             "unconfirmed": self._outbox.unconfirmed,
             "waiting": self._outbox.waiting(Class.SIGNAL) + self._outbox.waiting(Class.DATA),
+            "stored": self._outbox.stored_messages,
+            "stored_bytes": self._outbox.stored_bytes,
+            "store_failing": self._store.failing if self._store is not None else None,
+            "dropped": self._counts["dropped"],
             "rtt_ms": None if window is None or window.rtt_seconds is None else round(window.rtt_seconds * 1000, 3),
             "window_bytes": None if window is None else window.size_bytes,
         }
@@ -492,6 +680,10 @@ class EdgeHub(Module):
         counts["waiting_signals"] = self._outbox.waiting(Class.SIGNAL)
         counts["waiting_data"] = self._outbox.waiting(Class.DATA)
         counts["held_bytes"] = self._outbox.held_bytes
+        counts["stored"] = self._outbox.stored_messages
+        counts["stored_bytes"] = self._outbox.stored_bytes
+        counts["store_bytes_written"] = self._store.bytes_written if self._store is not None else 0
+        counts["store_failing"] = int(self._store is not None and self._store.failing is not None)
         counts["requests_open"] = len(self._keeper)
         counts["downstream_held"] = self._lanes.held_messages
         counts["rtt_us"] = int((window.rtt_seconds or 0.0) * 1e6) if window is not None else 0
@@ -522,4 +714,15 @@ _COUNTERS: Final = (
     "invalid_down",
     "skipped_down",
     "unknown_group",
+    "spilled",
+    "dropped",
+    "outbox_damaged",
 )
+
+
+def _boot_id() -> str:
+    """Which boot of the machine this is (random(4)); empty where the kernel does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

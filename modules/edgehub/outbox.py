@@ -1,19 +1,23 @@
-"""What is on its way to the cloud: two class queues, and what was written and is not confirmed.
+"""What is on its way to the cloud: per class what waits, what was written and is not confirmed, what is on disk.
 
 CloudHub does not acknowledge uploads, but answers a websocket ping only when it has taken over every
 frame before it. So a *barrier* behind a batch, once passed, settles everything up to it. After a loss of
 the link what was not settled goes again, first, in order, with its ids unchanged: duplicates are
 possible only inside this last unconfirmed window.
 
-The queue is bounded in messages and bytes per class; what does not fit is not taken (`has_room`), and
-its sender waits. Here everything is in memory. A store on disk takes this class's place behind the same
-methods: `put` may then settle at once what it has stored.
+While the cloud confirms, messages wait here in memory for their barrier and never touch the disk. What is not
+confirmed in time, or meets no link, is *spilled*: stored, and settled to its sender then. A core: it says what
+to store, to read and to delete (`spill`, `wanted`, `deletions`) and is told what came of it (`stored`, `loaded`,
+`dropped`); `modules.edgehub.store` does it.
+
+Order within a class, oldest first: unconfirmed, then stored (a few of them loaded), then fresh. What is stored is
+always a prefix of it, so rows are numbered in the order in which messages were accepted, without gaps.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final, Generic, NamedTuple, TypeVar
@@ -32,62 +36,151 @@ SUSPECT_LOSSES: Final = 3
 "A message that was the first unconfirmed one in so many cuts by the cloud in a row is then sent alone."
 POISON_LOSSES: Final = 6
 "Three more cuts while it was alone under way: it is given up, or it would cut the link for ever."
+LOADED_BYTES: Final = 512 * 1024
+"Of each class so much of what is stored is held in memory, ready to be written."
+SPILL_MESSAGES: Final = 4096
+"Messages in one order to store; further ones follow."
 
 
 @dataclass(frozen=True, slots=True)
 class OutboxLimits:
-    """Of each class, waiting and unconfirmed together. An empty class takes one message of any size."""
+    """Of each class, in memory: waiting and unconfirmed together. An empty class takes one message of any size."""
 
     max_messages: int
     max_bytes: int
+    stored_messages: int = 10_000_000
+    "On disk, of each class."
+    stored_bytes: int = 1 << 62
 
 
-class Entry(NamedTuple, Generic[T]):
+class Entry(Generic[T]):
     """One message on its way up."""
 
+    __slots__ = ("born", "confirmed", "is_volatile", "kind", "payload", "row", "sender", "storing", "token")
+
+    def __init__(
+        self, payload: bytes, token: T | None, kind: Class, sender: str, born: float, is_volatile: bool, row: int
+    ) -> None:
+        self.payload = payload  # its JSON text as it is written
+        self.token = token  # given back when it is settled; None once it was
+        self.kind = kind
+        self.sender = sender
+        self.born = born
+        self.is_volatile = is_volatile  # never stored: nobody would wait for it after a restart
+        self.row = row  # its number on disk; 0 = none
+        self.storing = False  # ordered to be stored, not committed yet
+        self.confirmed = False
+
+
+class StoredRow(NamedTuple):
+    """A row as it is stored and loaded."""
+
+    row: int
+    sender: str
     payload: bytes
-    "Its JSON text as it is written."
-    token: T
-    "Given back when it is settled."
+
+
+class Poisoned(NamedTuple, Generic[T]):
+    """A message that is given up, for the cloud cuts every link on which it comes."""
+
+    token: T | None
+    "None: it was accepted before; its loss belongs into the ledger."
     kind: Class
+    sender: str
+    payload: bytes
+
+
+class _Queue(Generic[T]):
+    """One class."""
+
+    def __init__(self) -> None:
+        self.volatile: deque[Entry[T]] = deque()
+        self.loaded: deque[Entry[T]] = deque()  # stored, in memory, to be written
+        self.loaded_bytes = 0
+        self.fresh: deque[Entry[T]] = deque()  # not stored yet; behind everything that is
+        self.storing: deque[Entry[T]] = deque()  # ordered, in the order of their rows
+        self.last_row = 0  # given out
+        self.committed_row = 0
+        self.cursor = 0  # rows up to this one are in memory, or done with
+        self.stored_messages = 0  # committed and not confirmed
+        self.stored_bytes = 0
+        self.memory_messages = 0  # not stored: fresh, volatile and unconfirmed
+        self.memory_bytes = 0
+        self.is_reading = False
+        self.delete_upto = 0
+
+    @property
+    def unloaded(self) -> int:
+        return max(0, self.committed_row - self.cursor)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.volatile or self.loaded or (self.fresh and not self.unloaded))
 
 
 class Outbox(Generic[T]):
-    """Keeps entries until the cloud has them. Order holds within a class, over link losses too.
+    """Keeps entries until the cloud has them. Order holds within a class, over link losses and restarts too.
 
-    `put` -> `take` (written) -> `barrier` (a ping goes behind it) -> `passed` (the pong) gives the tokens
-    back, each exactly once. `lost` takes back what was written.
+    `put` -> `take` (written) -> `barrier` (a ping goes behind it) -> `passed` (the pong) gives the tokens back, each
+    exactly once: then or when it is `stored`, whichever comes first. `lost` takes back what was written.
     """
 
     def __init__(self, limits: OutboxLimits) -> None:
         self._limits = limits
-        self._waiting: tuple[deque[Entry[T]], deque[Entry[T]]] = (deque(), deque())
+        self._queues: tuple[_Queue[T], _Queue[T]] = (_Queue(), _Queue())
         self._unconfirmed: deque[Entry[T]] = deque()  # in the order they were written
         self._unconfirmed_bytes = 0
-        self._held_messages = [0, 0]
-        self._held_bytes = [0, 0]
         self._barrier = 0  # number of the last one given out
         self._covered: deque[tuple[int, int]] = deque()  # barrier, how many entries it settles
         self._uncovered = 0  # unconfirmed entries behind the last barrier
         self._suspect: Entry[T] | None = None
         self._suspect_losses = 0
+        self.confirmed = 0
+        "Messages that the cloud has, over the life of this process."
+
+    def restore(self, kind: Class, first: int, last: int, messages: int, size_bytes: int) -> None:
+        """What the file holds of a class at the start: rows `first` to `last`."""
+        queue = self._queues[kind]
+        queue.last_row = queue.committed_row = last
+        queue.cursor = first - 1
+        queue.stored_messages = messages
+        queue.stored_bytes = size_bytes
 
     # --- in ------------------------------------------------------------------------------------
 
     def has_room(self, kind: Class, size_bytes: int) -> bool:
         """Whether one more of `size_bytes` fits the bounds."""
-        if self._held_messages[kind] == 0:
+        queue = self._queues[kind]
+        limits = self._limits
+        if queue.memory_messages:
+            if queue.memory_messages >= limits.max_messages or queue.memory_bytes + size_bytes > limits.max_bytes:
+                return False
+        elif not queue.stored_messages:
             return True
         return (
-            self._held_messages[kind] < self._limits.max_messages
-            and self._held_bytes[kind] + size_bytes <= self._limits.max_bytes
+            queue.stored_messages + queue.memory_messages < limits.stored_messages
+            and queue.stored_bytes + queue.memory_bytes + size_bytes <= limits.stored_bytes
         )
 
-    def put(self, payload: bytes, token: T, kind: Class) -> None:
-        """Queue it. Ask `has_room` first, but for edgehub's own ACKs: they are bounded by what they answer."""
-        self._waiting[kind].append(Entry(payload, token, kind))
-        self._held_messages[kind] += 1
-        self._held_bytes[kind] += len(payload)
+    def put(
+        self,
+        payload: bytes,
+        token: T,
+        kind: Class,
+        *,
+        sender: str = "",
+        now: float = 0.0,
+        is_volatile: bool = False,
+    ) -> None:
+        """Queue it. Ask `has_room` first, but for edgehub's own ACKs: they are bounded by what they answer.
+
+        `is_volatile`: it is never stored (requests, ACKs) and passes what is.
+        """
+        queue = self._queues[kind]
+        entry: Entry[T] = Entry(payload, token, kind, sender, now, is_volatile, 0)
+        (queue.volatile if is_volatile else queue.fresh).append(entry)
+        queue.memory_messages += 1
+        queue.memory_bytes += len(payload)
 
     # --- out -----------------------------------------------------------------------------------
 
@@ -105,24 +198,48 @@ class Outbox(Generic[T]):
             return self._take_suspect()
         left = room_bytes
         for kind in (Class.SIGNAL, Class.DATA):
-            waiting = self._waiting[kind]
             most = max_messages - len(taken)
             if kind is Class.DATA and max_data is not None:
                 most = min(most, max_data)
-            while waiting and most > 0:
-                size = len(waiting[0].payload)
+            queue = self._queues[kind]
+            while most > 0:
+                source = self._source(queue)
+                if source is None:
+                    break
+                size = len(source[0].payload)
                 if size > left and not (is_empty and not taken):
                     # Data must not pass a signal that waits for room.
                     return self._written(taken)
-                taken.append(waiting.popleft())
+                taken.append(self._pop(queue, source))
                 left -= size
                 most -= 1
         return self._written(taken)
 
+    @staticmethod
+    def _source(queue: _Queue[T]) -> deque[Entry[T]] | None:
+        """Where the next entry of a class is, or None: there is none, or it has to be loaded first."""
+        if queue.volatile:
+            return queue.volatile
+        if queue.loaded:
+            return queue.loaded
+        if queue.fresh and not queue.unloaded:
+            return queue.fresh
+        return None
+
+    @staticmethod
+    def _pop(queue: _Queue[T], source: deque[Entry[T]]) -> Entry[T]:
+        entry = source.popleft()
+        if source is queue.loaded:
+            queue.loaded_bytes -= len(entry.payload)
+        elif entry.row:
+            queue.cursor = entry.row  # it is in memory although it is (being) stored
+        return entry
+
     def _take_suspect(self) -> list[Entry[T]]:
-        for waiting in self._waiting:
-            if waiting and waiting[0] is self._suspect:
-                return self._written([waiting.popleft()])
+        for queue in self._queues:
+            for source in (queue.volatile, queue.loaded, queue.fresh):
+                if source and source[0] is self._suspect:
+                    return self._written([self._pop(queue, source)])
         # It was settled or discarded after all.
         self._suspect = None
         self._suspect_losses = 0
@@ -150,31 +267,49 @@ class Outbox(Generic[T]):
     def passed(self, barrier: int) -> list[T]:
         """The cloud has everything before `barrier`: the tokens to settle, in order.
 
-        Unknown numbers (of an earlier link) settle nothing.
+        Unknown numbers (of an earlier link) settle nothing. What was settled already, when it was stored, is
+        confirmed without a token: see `confirmed`.
         """
         settled: list[T] = []
         if not self._covered or barrier > self._barrier:
             return settled
+        count = 0
         while self._covered and self._covered[0][0] <= barrier:
-            _, count = self._covered.popleft()
-            for _ in range(count):
-                entry = self._unconfirmed.popleft()
-                self._unconfirmed_bytes -= len(entry.payload)
-                self._release(entry)
+            count += self._covered.popleft()[1]
+        for _ in range(count):
+            entry = self._unconfirmed.popleft()
+            self._unconfirmed_bytes -= len(entry.payload)
+            self._done(entry)
+            if entry.token is not None:
                 settled.append(entry.token)
-        if settled:
+                entry.token = None
+        self.confirmed += count
+        if count:
             self._suspect = None
             self._suspect_losses = 0
         return settled
 
-    def lost(self, *, is_cut_by_cloud: bool = False) -> T | None:
+    def _done(self, entry: Entry[T]) -> None:
+        """The entry needs no place any more."""
+        queue = self._queues[entry.kind]
+        entry.confirmed = True
+        if entry.row:
+            queue.delete_upto = max(queue.delete_upto, entry.row)
+        if entry.row and not entry.storing:
+            queue.stored_messages -= 1
+            queue.stored_bytes -= len(entry.payload)
+        else:
+            queue.memory_messages -= 1
+            queue.memory_bytes -= len(entry.payload)
+
+    def lost(self, *, is_cut_by_cloud: bool = False) -> Poisoned[T] | None:
         """The link is gone: what is unconfirmed goes again, before all else of its class, in order.
 
-        `is_cut_by_cloud`: the far end closed the link, rather than the path being dead. Returns the token of
-        a message that is given up because link after link was cut while it was the first unconfirmed one,
-        in the end while it was alone; else None.
+        `is_cut_by_cloud`: the far end closed the link, rather than the path being dead. Returns a message that is
+        given up because link after link was cut while it was the first unconfirmed one, in the end while it
+        was alone; else None.
         """
-        poisoned: T | None = None
+        poisoned: Poisoned[T] | None = None
         if self._unconfirmed and is_cut_by_cloud:
             first = self._unconfirmed[0]
             if self._suspect is first:
@@ -184,21 +319,181 @@ class Outbox(Generic[T]):
                 self._suspect_losses = 1
             if self._suspect_losses >= POISON_LOSSES and len(self._unconfirmed) == 1:
                 self._unconfirmed.popleft()
-                self._release(first)
-                poisoned = first.token
+                self._done(first)
+                poisoned = Poisoned(first.token, first.kind, first.sender, first.payload)
                 self._suspect = None
                 self._suspect_losses = 0
         while self._unconfirmed:
             entry = self._unconfirmed.pop()
-            self._waiting[entry.kind].appendleft(entry)
+            queue = self._queues[entry.kind]
+            if entry.is_volatile:
+                queue.volatile.appendleft(entry)
+            elif entry.row:
+                queue.loaded.appendleft(entry)
+                queue.loaded_bytes += len(entry.payload)
+            else:
+                queue.fresh.appendleft(entry)
         self._unconfirmed_bytes = 0
         self._uncovered = 0
         self._covered.clear()
         return poisoned
 
-    def _release(self, entry: Entry[T]) -> None:
-        self._held_messages[entry.kind] -= 1
-        self._held_bytes[entry.kind] -= len(entry.payload)
+    # --- the disk ------------------------------------------------------------------------------------
+
+    def spill(self, kind: Class, born_before: float) -> list[StoredRow]:
+        """What is to be stored now: of what is not stored all that was put before `born_before`, oldest first.
+
+        At most SPILL_MESSAGES; call it again while it gives any. Tell `stored` when it is committed.
+        """
+        queue = self._queues[kind]
+        rows: list[StoredRow] = []
+        for entry in self._unconfirmed:
+            if entry.kind is kind and not entry.row and not entry.is_volatile:
+                if entry.born >= born_before or len(rows) >= SPILL_MESSAGES:
+                    return rows
+                rows.append(self._number(queue, entry))
+                queue.cursor = entry.row
+        for entry in queue.fresh:
+            if entry.row:
+                continue
+            if entry.born >= born_before or len(rows) >= SPILL_MESSAGES:
+                return rows
+            rows.append(self._number(queue, entry))
+        return rows
+
+    @staticmethod
+    def _number(queue: _Queue[T], entry: Entry[T]) -> StoredRow:
+        queue.last_row += 1
+        entry.row = queue.last_row
+        entry.storing = True
+        queue.storing.append(entry)
+        return StoredRow(entry.row, entry.sender, entry.payload)
+
+    def oldest_unstored(self) -> float | None:
+        """When the oldest message was put that would have to be spilled, or None."""
+        oldest: float | None = None
+        for entry in self._unconfirmed:
+            if not entry.row and not entry.is_volatile:
+                oldest = entry.born
+                break
+        for queue in self._queues:
+            if queue.fresh:
+                # Those that are being stored come first, and are the older ones.
+                entry = queue.fresh[-1] if queue.fresh[0].row else queue.fresh[0]
+                if not entry.row and (oldest is None or entry.born < oldest):
+                    oldest = entry.born
+        return oldest
+
+    def stored(self, kind: Class, upto: int) -> list[T]:
+        """All rows up to number `upto` are committed: the tokens to settle, in order."""
+        queue = self._queues[kind]
+        settled: list[T] = []
+        while queue.storing and queue.storing[0].row <= upto:
+            entry = queue.storing.popleft()
+            entry.storing = False
+            queue.committed_row = max(queue.committed_row, entry.row)
+            if entry.confirmed:
+                continue
+            size = len(entry.payload)
+            queue.memory_messages -= 1
+            queue.memory_bytes -= size
+            queue.stored_messages += 1
+            queue.stored_bytes += size
+            if entry.token is not None:
+                settled.append(entry.token)
+                entry.token = None
+        # What waited in memory only because it was not stored yet is on disk now; a little stays, to be written next.
+        while queue.fresh and queue.fresh[0].row and not queue.fresh[0].storing:
+            entry = queue.fresh.popleft()
+            if queue.cursor == entry.row - 1 and queue.loaded_bytes < LOADED_BYTES:
+                queue.loaded.append(entry)
+                queue.loaded_bytes += len(entry.payload)
+                queue.cursor = entry.row
+        return settled
+
+    def wanted(self) -> list[tuple[Class, int]]:
+        """Which rows should be read: (class, the number they come behind). Answer each with `loaded`."""
+        wanted: list[tuple[Class, int]] = []
+        for kind in Class:
+            queue = self._queues[kind]
+            if queue.unloaded and not queue.is_reading and queue.loaded_bytes < LOADED_BYTES // 2:
+                queue.is_reading = True
+                wanted.append((kind, queue.cursor))
+        return wanted
+
+    def loaded(self, kind: Class, after: int, rows: Sequence[StoredRow], *, now: float) -> None:
+        """What was read behind row `after`; nothing when the file holds nothing there."""
+        queue = self._queues[kind]
+        queue.is_reading = False
+        if not rows:
+            if queue.cursor == after:
+                queue.cursor = queue.committed_row  # a file begun anew: what was there is gone
+            return
+        for row in rows:
+            if row.row != queue.cursor + 1 or row.row > queue.committed_row:
+                continue  # it came into memory another way, or was dropped meanwhile
+            entry: Entry[T] = Entry(row.payload, None, kind, row.sender, now, False, row.row)
+            queue.loaded.append(entry)
+            queue.loaded_bytes += len(row.payload)
+            queue.cursor = row.row
+
+    def deletions(self) -> list[tuple[Class, int]]:
+        """What the cloud has since the last call: (class, all rows up to this number)."""
+        found = []
+        for kind in Class:
+            queue = self._queues[kind]
+            if queue.delete_upto:
+                found.append((kind, queue.delete_upto))
+                queue.delete_upto = 0
+        return found
+
+    def dropped(self, kind: Class, upto: int, messages: int, size_bytes: int) -> None:
+        """Rows up to `upto` were dropped from the file, into the ledger (age, size)."""
+        queue = self._queues[kind]
+        queue.stored_messages = max(0, queue.stored_messages - messages)
+        queue.stored_bytes = max(0, queue.stored_bytes - size_bytes)
+        while queue.loaded and queue.loaded[0].row <= upto:
+            queue.loaded_bytes -= len(queue.loaded.popleft().payload)
+        for entry in self._unconfirmed:
+            if entry.kind is kind and 0 < entry.row <= upto and not entry.storing:
+                # It is under way all the same; it only has no row any more.
+                entry.row = 0
+                entry.is_volatile = True
+                queue.memory_messages += 1
+                queue.memory_bytes += len(entry.payload)
+        queue.cursor = max(queue.cursor, upto)
+
+    def damaged(self) -> int:
+        """The file was begun anew: what is still in memory is to be stored again. Returns how many rows are gone."""
+        gone = 0
+        for queue in self._queues:
+            gone += queue.unloaded
+            queue.storing.clear()
+            for entry in queue.loaded:
+                self._unstore(queue, entry)
+            for entry in queue.fresh:
+                entry.row = 0
+                entry.storing = False
+            queue.fresh.extendleft(reversed(queue.loaded))
+            queue.loaded.clear()
+            queue.loaded_bytes = 0
+            queue.cursor = queue.committed_row = queue.last_row
+            queue.stored_messages = 0
+            queue.stored_bytes = 0
+            queue.delete_upto = 0
+            queue.is_reading = False
+        for entry in self._unconfirmed:
+            if entry.row:
+                self._unstore(self._queues[entry.kind], entry)
+        return gone
+
+    @staticmethod
+    def _unstore(queue: _Queue[T], entry: Entry[T]) -> None:
+        if not entry.storing:
+            queue.memory_messages += 1
+            queue.memory_bytes += len(entry.payload)
+        entry.row = 0
+        entry.storing = False
 
     # --- state ---------------------------------------------------------------------------------
 
@@ -212,25 +507,51 @@ class Outbox(Generic[T]):
 
     @property
     def has_signals(self) -> bool:
-        return bool(self._waiting[Class.SIGNAL])
+        """Whether a signal could be written now."""
+        return self._queues[Class.SIGNAL].has_work
 
     @property
     def has_data(self) -> bool:
-        return bool(self._waiting[Class.DATA])
+        return self._queues[Class.DATA].has_work
 
     def waiting(self, kind: Class) -> int:
-        return len(self._waiting[kind])
+        """Not written: in memory and on disk."""
+        queue = self._queues[kind]
+        return len(queue.volatile) + len(queue.loaded) + len(queue.fresh) + queue.unloaded
+
+    @property
+    def stored_messages(self) -> int:
+        return sum(queue.stored_messages for queue in self._queues)
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(queue.stored_bytes for queue in self._queues)
+
+    def stored_of(self, kind: Class) -> tuple[int, int]:
+        """Messages and bytes of one class on disk."""
+        return self._queues[kind].stored_messages, self._queues[kind].stored_bytes
+
+    @property
+    def memory_messages(self) -> int:
+        """Held and not stored: a stop would lose them, but that they are not settled to their senders."""
+        return sum(queue.memory_messages for queue in self._queues)
+
+    @property
+    def is_storing(self) -> bool:
+        return any(queue.storing for queue in self._queues)
 
     @property
     def held_messages(self) -> int:
-        return sum(self._held_messages)
+        return self.memory_messages + self.stored_messages
 
     @property
     def held_bytes(self) -> int:
-        return sum(self._held_bytes)
+        return sum(queue.memory_bytes + queue.stored_bytes for queue in self._queues)
 
     def entries(self) -> Iterator[Entry[T]]:
-        """Everything held: the unconfirmed as written, then what waits."""
+        """Everything in memory: the unconfirmed as written, then what waits."""
         yield from self._unconfirmed
-        for waiting in self._waiting:
-            yield from waiting
+        for queue in self._queues:
+            yield from queue.volatile
+            yield from queue.loaded
+            yield from queue.fresh
