@@ -51,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except KeyboardInterrupt:
                 teller.end_progress()
                 teller.say("Interrupted: ending all processes (Ctrl-C again: at once).")
+                if not options.keep:
+                    stage.close(seconds=2.0)  # nobody wants what its modules would save by draining
                 return INTERRUPTED
             finally:
                 interrupts.close()

@@ -237,16 +237,16 @@ class Stage:
                     return program.name
         return None
 
-    def close(self) -> None:
-        """End the node, then what is around it. Never raises for a part that is gone already."""
+    def close(self, seconds: float = END_SECONDS) -> None:
+        """End the node, in good order if it takes no longer than `seconds`, then what is around it. Idempotent."""
         if self._node is not None:
-            self._end_node(self._node)
+            self._end_node(self._node, seconds)
         for child in (self._mqtt, self._cloud):
             if child is not None:
                 child.end(0.0 if self.interrupts.hurry else 5.0)
 
-    def _end_node(self, node: Child) -> None:
-        deadline = time.monotonic() + END_SECONDS
+    def _end_node(self, node: Child, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
         node.ask_to_end()
         while not node.has_ended() and time.monotonic() < deadline and not self.interrupts.hurry:
             with contextlib.suppress(SupervisorError):
