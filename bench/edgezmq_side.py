@@ -9,10 +9,9 @@ import asyncio
 import time
 from collections import deque
 
-from runtime.client import Bus, Receipt
-
 from bench.payload import Sequence, filler
 from bench.worker import Arguments, Gate
+from runtime.client import Bus, Receipt
 from runtime.message import Message
 
 SINK = "bench-sink"
