@@ -23,12 +23,11 @@ def main() -> None:
         if not node.edge_hub.enable:
             log.info("modules.edgeHub.enable is off: nothing to do")
             exit_disabled()
-        settings = EdgeHubConfig.from_node(node)
-        make_link(settings)  # a protocol without an adapter is an error of the configuration
+        make_link(EdgeHubConfig.from_node(node))  # a protocol without an adapter is an error of the configuration
     except ConfigError as fault:
         log.error("%s", fault)  # one line that names key, value and rule; a traceback would bury it
         sys.exit(EXIT_CONFIG)
-    run(EdgeHub(settings))
+    run(EdgeHub())
 
 
 if __name__ == "__main__":

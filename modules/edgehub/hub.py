@@ -142,6 +142,7 @@ class EdgeHub(Module):
         self._outbox: Outbox[Settles] = Outbox(
             OutboxLimits(config.memory_messages, config.memory_bytes, config.outbox_messages, config.outbox_bytes)
         )
+        self._down_since = self._loop.time()
         self._open_store()
         self._bucket = TokenBucket(config.message_qps, config.message_burst)
         self._wake = asyncio.Event()
@@ -256,6 +257,8 @@ class EdgeHub(Module):
             self._connection.send([cloud.keepalive(), greeting])
 
     def _announce(self, is_connected: bool) -> None:
+        if not is_connected:
+            self._down_since = self._loop.time()
         self._announcements.put_nowait(is_connected)
         if is_connected:
             level = logging.WARNING if self._session.state is LinkState.UNPROVEN else logging.INFO
@@ -370,19 +373,23 @@ class EdgeHub(Module):
         rtt = window.rtt_seconds if window is not None else None
         return max(self._config.spill_seconds, 4 * (rtt or 0.0))
 
+    def _is_offline(self) -> bool:
+        """No link, and not only for the moment of a reconnect: storing at once then spares the senders a wait."""
+        return not self._session.is_open and self._loop.time() - self._down_since > self._config.spill_seconds
+
     def _arm_spill(self) -> None:
         oldest = self._outbox.oldest_unstored()
         if oldest is None:
             self._spill_timer = None
             return
-        due = oldest + self._spill_after() if self._session.is_open else oldest
+        due = oldest + self._spill_after() if not self._is_offline() else oldest
         # Without a link what comes in one turn of the loop, and a little longer, is stored in one commit.
         self._spill_timer = self._loop.call_at(max(due, self._loop.time() + _SPILL_TOGETHER_SECONDS), self._spill)
 
     def _spill(self) -> None:
         """Store what the cloud has not confirmed in time; without a link everything."""
         now = self._loop.time()
-        self._store_older_than(now - self._spill_after() if self._session.is_open else now + 1.0)
+        self._store_older_than(now + 1.0 if self._is_offline() else now - self._spill_after())
         self._arm_spill()
 
     def _store_older_than(self, born_before: float) -> None:

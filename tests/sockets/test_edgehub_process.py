@@ -183,7 +183,8 @@ def test_sigterm_says_goodbye_and_exits_with_0(tmp_path: Path, processes: Proces
             await sim.wait_for(lambda: not sim.is_served(NODE))
             processes.start("modules.edgehub")
             for receipt in receipts:
-                await receipt
+                await receipt  # in the cloud, or in the outbox of the one or the other process
+            await sim.wait_for(lambda: len({r.content["number"] for r in sim.uploads(NODE)}) == 500)
             received = [r.content["number"] for r in sim.uploads(NODE)]
             assert list(dict.fromkeys(received)) == list(range(500))
 
