@@ -230,6 +230,8 @@ def render(status: dict[str, Any], console: Console) -> None:
         said = link.get("endpoint") if link.get("state") == "served" else link.get("why") or link.get("endpoint")
         if said:
             cloud.append(f" ({said})")
+        if waiting := (link.get("waiting") or 0) + (link.get("unconfirmed") or 0):
+            cloud.append(f", {waiting} on their way up ({link.get('stored') or 0} on disk)")
     else:
         cloud.append("unknown", style="yellow")
     broker = status["broker"] or {}

@@ -176,6 +176,22 @@ def test_nothing_is_lost_when_all_processes_are_killed_at_the_same_moment(site: 
         site.wait_running(name, not_pid=pid)
 
 
+def test_what_was_accepted_while_the_cloud_was_away_survives_the_death_of_every_process(site: Site) -> None:
+    site.control("/faults", {"fault": "restart", "seconds": 4.0})
+    site.until(lambda: not site.is_served(), "the link to be lost")
+    wanted = [f'{{"away": {n}}}' for n in range(100)]
+    site.publish(*wanted)
+    site.until(lambda: (site.status()["link"] or {}).get("stored", 0) >= 100, "the messages to be on disk")
+    site.until(lambda: site.module("edgehub")["in_flight"] <= 1, "them to be settled")  # one: the question itself
+    pids = {name: site.wait_running(name) for name in ("broker", "edgehub", "eventbus")}
+    for pid in pids.values():
+        os.kill(pid, signal.SIGKILL)
+    site.until(lambda: [each for each in site.uploads(TOPIC) if "away" in each] == wanted, "them to go up, in order")
+    for name, pid in pids.items():
+        site.wait_running(name, not_pid=pid)
+    site.until(lambda: site.status()["link"]["stored"] == 0, "the outbox to be empty")
+
+
 def test_status_tells_what_waits_for_a_stopped_process_and_that_it_has_gone_on(site: Site) -> None:
     pid = site.wait_running("edgehub")
     site.until(lambda: site.module("edgehub")["state"] == "attached", "edgehub on the bus")

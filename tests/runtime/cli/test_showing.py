@@ -72,6 +72,8 @@ def test_the_table_shows_each_modules_numbers() -> None:
     assert "cloud link served (cloud:10000)" in text
     why = {"state": "served", "why": "served by cloud:10000", "endpoint": "cloud:10000"}
     assert "cloud link served (cloud:10000)" in shown(status(row, link=why))
+    away = {"state": "closed", "why": "refused", "waiting": 5, "unconfirmed": 1, "stored": 4}
+    assert "cloud link closed (refused), 6 on their way up (4 on disk)" in shown(status(row, link=away))
     assert "cloud link dialling (refused)" in shown(status(row, link={"state": "dialling", "why": "refused"}))
     assert "bus 2.0 KiB of 64.0 MiB held" in text
     cells = next(line.split() for line in text.splitlines() if line.startswith("edgehub"))
