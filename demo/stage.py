@@ -38,7 +38,7 @@ persistence_location {directory}/
 """
 
 EDGECORE: Final = """\
-# Written by the demo. KubeEdge's own format; edgecore.example.yaml explains it.
+# Written by the demo, anew at each start. KubeEdge's own format; edgecore.example.yaml explains it.
 apiVersion: edgecore.config.kubeedge.io/v1alpha2
 kind: EdgeCore
 modules:
