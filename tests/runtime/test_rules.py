@@ -875,6 +875,15 @@ def test_rule_27_replies_pass_a_full_prefetch_a_drain_and_the_handlers() -> None
     assert len(asker.waiting) == 3  # one of each priority is all that its prefetch admits
 
 
+def test_rule_27_open_replies_hold_up_no_further_ones() -> None:
+    room = BrokerRoom()
+    asker = room.peer("asker", prefetch=1, prefetch_bytes=1)
+    responder = room.peer("responder")
+    for number in range(1, 4):
+        responder.send("asker", number, priority=REPLY, flags=emp.REPLY, requester=asker.incarnation)
+    assert [header.first for header in asker.take(emp.DELIVER)] == [1, 2, 3]  # none of them is acknowledged
+
+
 def test_rule_27_replies_need_no_room_in_a_window() -> None:
     broker = RawBroker(window=1)
     broker.welcome()
@@ -893,6 +902,9 @@ def test_rule_28_a_reply_to_a_dead_incarnation_is_gone() -> None:
     responder.send("asker", 2, priority=REPLY, flags=emp.REPLY, requester=dead.incarnation)
     fresh = room.peer("asker")
     assert responder.settled() == (2, [(1, "gone", None), (2, "gone", None)])
+    assert not fresh.take(emp.DELIVER)
+    responder.send("asker", 3, priority=REPLY, flags=emp.REPLY, requester=dead.incarnation)
+    assert responder.settled() == (3, [(3, "gone", None)])
     assert not fresh.take(emp.DELIVER)
     responder.send("nobody", 1, priority=REPLY, flags=emp.REPLY, requester=dead.incarnation)
     assert responder.settled() == (1, [(1, "gone", None)])
