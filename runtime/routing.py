@@ -33,6 +33,8 @@ PRIORITIES: Final = len(emp.Priority)
 MAX_GENERATION: Final = 2**62
 LATENCY_BOUNDS_SECONDS: Final = (0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0)
 "Upper bounds of the buckets in which a message's time in the broker is counted."
+MAX_ACCOUNTS: Final = 256
+"Of a declared module: accounts of destinations that are kept when none of its processes has a lane there."
 MAX_PEERS: Final = 65536
 "Connections that have not said HELLO are forgotten, oldest first, beyond this."
 
@@ -143,14 +145,21 @@ class _Batch:
 
 
 class _Usage:
-    """What one sender name has unsettled for one destination and priority, over its incarnations (rule 30)."""
+    """What one sender name has unsettled for one destination and priority, over its incarnations (rule 30).
 
-    __slots__ = ("lanes", "messages", "size")
+    And its account: what was accepted is delivered, refused, or held, each counted where it happens.
+    """
+
+    __slots__ = ("accepted", "delivered", "lanes", "messages", "refused", "settled", "size")
 
     def __init__(self) -> None:
         self.lanes = 0  # that count here
         self.messages = 0
         self.size = 0
+        self.accepted = 0  # got their place in a lane
+        self.delivered = 0  # acknowledged by receivers; in a lane to a group once for each member
+        self.settled = 0
+        self.refused = 0  # settled with at least one refusal
 
 
 class _Lane:
@@ -762,7 +771,10 @@ class RoutingCore:
         usages = lane.sender.module.usages
         lane.usage.lanes -= 1
         if not lane.usage.lanes and usages.get(lane.key) is lane.usage:
-            del usages[lane.key]
+            # The account of a declared module outlives its processes; replies go to whoever asked, and leave none.
+            is_kept = lane.sender.module.declared and lane.priority != REPLY and len(usages) <= MAX_ACCOUNTS
+            if not is_kept:
+                del usages[lane.key]
 
     def _drop_empty_lanes(self, sender: _Incarnation) -> None:
         """`sender` holds its name no more: only what is open of it is kept, so that the short-lived leave nothing."""
@@ -820,6 +832,7 @@ class RoutingCore:
             batch.body = b""
             batch.size = 0
         lane.batches.append(batch)
+        usage.accepted += count
         usage.messages += count
         usage.size += batch.size
         self._held_bytes += batch.size
@@ -1177,10 +1190,14 @@ class RoutingCore:
             if cumulative <= outlet.acked:
                 continue
             before = outlet.acked
+            delivered = cumulative - before
             for refused, reason in exceptions:
-                if before < refused <= cumulative and not self._is_excepted(outlet, refused):
-                    self._except(outlet.lane, refused, reason, module)
-            module.delivered += cumulative - before - len(exceptions)
+                if before < refused <= cumulative:  # an ACK may repeat what an earlier one said
+                    delivered -= 1
+                    if not self._is_excepted(outlet, refused):
+                        self._except(outlet.lane, refused, reason, module)
+            module.delivered += delivered
+            outlet.lane.usage.delivered += delivered
             priority = outlet.lane.priority
             if outlet.solo:
                 module.in_flight[priority] = 0
@@ -1257,6 +1274,9 @@ class RoutingCore:
             self._held_bytes -= batch.size
             self._held_messages -= count
         if cumulative > lane.cumulative:
+            lane.usage.settled += cumulative - lane.cumulative
+            if lane.exceptions:
+                lane.usage.refused += sum(lane.cumulative < number <= cumulative for number in lane.exceptions)
             lane.cumulative = cumulative
             self._touch(lane)
         if not batches and lane.sender.module.holder is not lane.sender and lane.sender.lanes.get(lane.key) is lane:
@@ -1504,7 +1524,43 @@ class RoutingCore:
                 "senders_waiting_for_room": len(self._throttled),
             },
             "modules": [self._module_statistics(module, now) for module in self._modules.values()],
+            "accounts": self._accounts(),
         }
+
+    def _accounts(self) -> list[dict[str, Any]]:
+        """Of each lane, over its sender's incarnations: accepted = delivered + refused + held, or `balanced` is false.
+
+        `held` comes from the lanes' sequence numbers, the others are counted where they happen.
+        """
+        lanes = {id(lane): lane for lane in self._parked}
+        for module in self._modules.values():
+            if module.holder is not None:
+                lanes.update((id(lane), lane) for lane in module.holder.lanes.values())
+            lanes.update((id(outlet.lane), outlet.lane) for outlet in module.outlets.values())
+        held: dict[int, int] = {}
+        for lane in lanes.values():
+            held[id(lane.usage)] = held.get(id(lane.usage), 0) + lane.last - lane.cumulative
+        accounts = []
+        for module in self._modules.values():
+            for (destination, priority), usage in module.usages.items():
+                if not usage.accepted:
+                    continue
+                # Each member of a group acknowledges for itself: there "delivered" is what all of them have.
+                delivered = usage.settled - usage.refused if is_group(destination) else usage.delivered
+                kept = held.get(id(usage), 0)
+                accounts.append(
+                    {
+                        "sender": module.name,
+                        "destination": destination,
+                        "priority": priority,
+                        "accepted": usage.accepted,
+                        "delivered": delivered,
+                        "refused": usage.refused,
+                        "held": kept,
+                        "balanced": usage.accepted == delivered + usage.refused + kept,
+                    }
+                )
+        return accounts
 
     def _module_statistics(self, module: _Module, now: float) -> dict[str, Any]:
         holder = module.holder

@@ -416,6 +416,7 @@ class World:
             self.connect(process)
 
     def fault(self) -> None:
+        self.check_accounts()
         r = self.random
         roll = r.random()
         living = self.living()
@@ -543,6 +544,14 @@ class World:
         for module in self.broker.statistics(self.now)["modules"]:
             if module["in_flight"] or module["queued"] or module["queued_bytes"]:
                 raise Violation(f"accounts do not close: {module}")
+        self.check_accounts()
+
+    def check_accounts(self) -> None:
+        """At any time, in every lane: what was accepted is delivered, refused or held."""
+        if self.broker is not None:
+            for account in self.broker.statistics(self.now)["accounts"]:
+                if not account["balanced"]:
+                    raise Violation(f"accepted is not delivered + refused + held: {account}")
 
     def run(self) -> None:
         try:
