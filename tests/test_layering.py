@@ -110,7 +110,9 @@ def relative(path: Path) -> str:
 @pytest.mark.parametrize("core", CORES, ids=relative)
 def test_a_core_imports_no_io(core: Path) -> None:
     roots = {name.split(".")[0] for name, checking in imports(core) if not checking}
-    assert roots.isdisjoint(IO_LIBRARIES), roots & IO_LIBRARIES
+    # A configuration is a value that may name a path; whoever opens it is a shell.
+    forbidden = IO_LIBRARIES - {"pathlib"} if core.stem == "config" else IO_LIBRARIES
+    assert roots.isdisjoint(forbidden), roots & forbidden
 
 
 @pytest.mark.parametrize("core", CORES, ids=relative)
