@@ -683,6 +683,10 @@ class EdgeHub(Module):
         counts["link_state"] = list(LinkState).index(self._session.state)
         counts["link_up"] = int(self._session.is_open)
         counts["link_served"] = int(self._session.state is LinkState.SERVED)
+        counts["accepted"] = self._outbox.accepted
+        counts["restored"] = self._outbox.restored
+        counts["held"] = self._outbox.held_messages
+        counts["given_up"] = self._outbox.given_up
         counts["unconfirmed"] = self._outbox.unconfirmed
         counts["waiting_signals"] = self._outbox.waiting(Class.SIGNAL)
         counts["waiting_data"] = self._outbox.waiting(Class.DATA)

@@ -137,6 +137,10 @@ class Outbox(Generic[T]):
         self._suspect_losses = 0
         self.confirmed = 0
         "Messages that the cloud has, over the life of this process."
+        self.accepted = 0
+        "Messages put, over the life of this process: with the restored ones, confirmed + held + dropped + given up."
+        self.restored = 0
+        self.given_up = 0
 
     def restore(self, kind: Class, first: int, last: int, messages: int, size_bytes: int) -> None:
         """What the file holds of a class at the start: rows `first` to `last`."""
@@ -145,6 +149,7 @@ class Outbox(Generic[T]):
         queue.cursor = first - 1
         queue.stored_messages = messages
         queue.stored_bytes = size_bytes
+        self.restored += messages
 
     # --- in ------------------------------------------------------------------------------------
 
@@ -179,6 +184,7 @@ class Outbox(Generic[T]):
         queue = self._queues[kind]
         entry: Entry[T] = Entry(payload, token, kind, sender, now, is_volatile, 0)
         (queue.volatile if is_volatile else queue.fresh).append(entry)
+        self.accepted += 1
         queue.memory_messages += 1
         queue.memory_bytes += len(payload)
 
@@ -320,6 +326,7 @@ class Outbox(Generic[T]):
             if self._suspect_losses >= POISON_LOSSES and len(self._unconfirmed) == 1:
                 self._unconfirmed.popleft()
                 self._done(first)
+                self.given_up += first.token is not None
                 poisoned = Poisoned(first.token, first.kind, first.sender, first.payload)
                 self._suspect = None
                 self._suspect_losses = 0
