@@ -196,7 +196,7 @@ class Connection:
         if outbox.has_signals or max_data != 0:
             room = window.room(outbox.unconfirmed_bytes)
             if room > 0 or not outbox.unconfirmed:
-                entries = outbox.take(min(room, _BATCH_BYTES), max_messages=_BATCH_MESSAGES, max_data=max_data)
+                entries = outbox.take(min(room, _BATCH_BYTES), max_messages=_BATCH_MESSAGES, max_data=max_data, now=now)
                 if entries:
                     payloads = [entry.payload for entry in entries]
                     self._host.load()

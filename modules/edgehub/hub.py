@@ -63,6 +63,7 @@ TOO_LARGE_FOR_LINK: Final = "too-large-for-link"
 OUTBOX_FILE: Final = "outbox.db"
 _SPILL_TOGETHER_SECONDS: Final = 0.005
 _STORE_REST_SECONDS: Final = 3.0
+_PATIENCE_SECONDS: Final = 10.0
 _WARN_SECONDS: Final = 10.0
 "A warning of one kind at most so often; the counters have the rest."
 _EXCERPT_BYTES: Final = 200
@@ -378,26 +379,40 @@ class EdgeHub(Module):
         return not self._session.is_open and self._loop.time() - self._down_since > self._config.spill_seconds
 
     def _arm_spill(self) -> None:
-        oldest = self._outbox.oldest_unstored()
-        if oldest is None:
+        written, put = self._outbox.oldest_unstored()
+        dues = [] if written is None else [written + self._spill_after()]
+        if put is not None:
+            dues.append(put if self._is_offline() else put + self._patience())
+        if not dues:
             self._spill_timer = None
             return
-        due = oldest + self._spill_after() if not self._is_offline() else oldest
+        due = min(dues)
         # Without a link what comes in one turn of the loop, and a little longer, is stored in one commit.
         self._spill_timer = self._loop.call_at(max(due, self._loop.time() + _SPILL_TOGETHER_SECONDS), self._spill)
 
     def _spill(self) -> None:
         """Store what the cloud has not confirmed in time; without a link everything."""
         now = self._loop.time()
-        self._store_older_than(now + 1.0 if self._is_offline() else now - self._spill_after())
+        if self._is_offline():
+            self._store_older_than(now + 1.0, now + 1.0)
+        else:
+            self._store_older_than(now - self._spill_after(), now - self._patience())
         self._arm_spill()
 
-    def _store_older_than(self, born_before: float) -> None:
+    def _patience(self) -> float:
+        """Seconds that a message may wait in memory to be written.
+
+        On a link that works it is better to wait than to wear the flash; not so much that a reboot of the sender's
+        machine becomes likely. Without a link there is nothing to wait for but a quick reconnect.
+        """
+        return _PATIENCE_SECONDS if self._session.is_open else self._config.spill_seconds
+
+    def _store_older_than(self, written_before: float, put_before: float) -> None:
         store = self._store
         if store is None:
             return
         for kind in Class:
-            while rows := self._outbox.spill(kind, born_before):
+            while rows := self._outbox.spill(kind, written_before, put_before):
                 store.add(kind, [Row(*row) for row in rows], partial(self._on_stored, kind, rows[-1].row))
                 self._counts["spilled"] += len(rows)
 
@@ -487,9 +502,9 @@ class EdgeHub(Module):
         if self._store is None:
             return
         end = self._loop.time() + _STORE_REST_SECONDS
-        while self._outbox.oldest_unstored() is not None or self._outbox.is_storing:
+        while self._outbox.oldest_unstored() != (None, None) or self._outbox.is_storing:
             self._stored.clear()
-            self._store_older_than(self._loop.time() + 1.0)
+            self._store_older_than(self._loop.time() + 1.0, self._loop.time() + 1.0)
             try:
                 async with asyncio.timeout_at(end):
                     await self._stored.wait()

@@ -56,16 +56,16 @@ class OutboxLimits:
 class Entry(Generic[T]):
     """One message on its way up."""
 
-    __slots__ = ("born", "confirmed", "is_volatile", "kind", "payload", "row", "sender", "storing", "token")
+    __slots__ = ("confirmed", "is_volatile", "kind", "payload", "row", "sender", "since", "storing", "token")
 
     def __init__(
-        self, payload: bytes, token: T | None, kind: Class, sender: str, born: float, is_volatile: bool, row: int
+        self, payload: bytes, token: T | None, kind: Class, sender: str, since: float, is_volatile: bool, row: int
     ) -> None:
         self.payload = payload  # its JSON text as it is written
         self.token = token  # given back when it is settled; None once it was
         self.kind = kind
         self.sender = sender
-        self.born = born
+        self.since = since  # when it was put, then when it was written
         self.is_volatile = is_volatile  # never stored: nobody would wait for it after a restart
         self.row = row  # its number on disk; 0 = none
         self.storing = False  # ordered to be stored, not committed yet
@@ -190,8 +190,10 @@ class Outbox(Generic[T]):
 
     # --- out -----------------------------------------------------------------------------------
 
-    def take(self, room_bytes: int, *, max_messages: int, max_data: int | None) -> list[Entry[T]]:
-        """The next entries to write, signals first: at most `room_bytes` and `max_messages`.
+    def take(
+        self, room_bytes: int, *, max_messages: int, max_data: int | None, now: float | None = None
+    ) -> list[Entry[T]]:
+        """The next entries to write, signals first: at most `room_bytes` and `max_messages`. `now`: they are written.
 
         At most `max_data` of them are data (None: no bound of its own). With nothing unconfirmed the first one
         goes whatever its size. They count as unconfirmed from now on: write them or call `lost`.
@@ -201,7 +203,7 @@ class Outbox(Generic[T]):
         if self._suspect_losses >= SUSPECT_LOSSES and self._suspect is not None:
             if not is_empty:
                 return taken
-            return self._take_suspect()
+            return self._take_suspect(now)
         left = room_bytes
         for kind in (Class.SIGNAL, Class.DATA):
             most = max_messages - len(taken)
@@ -215,11 +217,11 @@ class Outbox(Generic[T]):
                 size = len(source[0].payload)
                 if size > left and not (is_empty and not taken):
                     # Data must not pass a signal that waits for room.
-                    return self._written(taken)
+                    return self._written(taken, now)
                 taken.append(self._pop(queue, source))
                 left -= size
                 most -= 1
-        return self._written(taken)
+        return self._written(taken, now)
 
     @staticmethod
     def _source(queue: _Queue[T]) -> deque[Entry[T]] | None:
@@ -241,18 +243,21 @@ class Outbox(Generic[T]):
             queue.cursor = entry.row  # it is in memory although it is (being) stored
         return entry
 
-    def _take_suspect(self) -> list[Entry[T]]:
+    def _take_suspect(self, now: float | None) -> list[Entry[T]]:
         for queue in self._queues:
             for source in (queue.volatile, queue.loaded, queue.fresh):
                 if source and source[0] is self._suspect:
-                    return self._written([self._pop(queue, source)])
+                    return self._written([self._pop(queue, source)], now)
         # It was settled or discarded after all.
         self._suspect = None
         self._suspect_losses = 0
         return []
 
-    def _written(self, taken: list[Entry[T]]) -> list[Entry[T]]:
+    def _written(self, taken: list[Entry[T]], now: float | None) -> list[Entry[T]]:
         if taken:
+            if now is not None:
+                for entry in taken:
+                    entry.since = now
             self._unconfirmed.extend(taken)
             self._unconfirmed_bytes += sum([len(entry.payload) for entry in taken])
             self._uncovered += len(taken)
@@ -347,23 +352,29 @@ class Outbox(Generic[T]):
 
     # --- the disk ------------------------------------------------------------------------------------
 
-    def spill(self, kind: Class, born_before: float) -> list[StoredRow]:
-        """What is to be stored now: of what is not stored all that was put before `born_before`, oldest first.
+    def spill(self, kind: Class, written_before: float, put_before: float | None = None) -> list[StoredRow]:
+        """What is to be stored now, oldest first: what was written before `written_before` and is not confirmed, and
+        what was put before `put_before` (None: the same) and could not be written yet.
 
         At most SPILL_MESSAGES; call it again while it gives any. Tell `stored` when it is committed.
         """
         queue = self._queues[kind]
         rows: list[StoredRow] = []
+        if put_before is None:
+            put_before = written_before
+        waiting = next((entry for entry in queue.fresh if not entry.row), None)
+        if waiting is not None and waiting.since < put_before:
+            written_before = float("inf")  # what waits may only be stored behind what was written before it
         for entry in self._unconfirmed:
             if entry.kind is kind and not entry.row and not entry.is_volatile:
-                if entry.born >= born_before or len(rows) >= SPILL_MESSAGES:
+                if entry.since >= written_before or len(rows) >= SPILL_MESSAGES:
                     return rows
                 rows.append(self._number(queue, entry))
                 queue.cursor = entry.row
         for entry in queue.fresh:
             if entry.row:
                 continue
-            if entry.born >= born_before or len(rows) >= SPILL_MESSAGES:
+            if entry.since >= put_before or len(rows) >= SPILL_MESSAGES:
                 return rows
             rows.append(self._number(queue, entry))
         return rows
@@ -376,20 +387,17 @@ class Outbox(Generic[T]):
         queue.storing.append(entry)
         return StoredRow(entry.row, entry.sender, entry.payload)
 
-    def oldest_unstored(self) -> float | None:
-        """When the oldest message was put that would have to be spilled, or None."""
-        oldest: float | None = None
-        for entry in self._unconfirmed:
-            if not entry.row and not entry.is_volatile:
-                oldest = entry.born
-                break
+    def oldest_unstored(self) -> tuple[float | None, float | None]:
+        """When the oldest message was written, and the oldest put, that are not stored; None: there is none."""
+        written = next((entry.since for entry in self._unconfirmed if not entry.row and not entry.is_volatile), None)
+        put: float | None = None
         for queue in self._queues:
             if queue.fresh:
                 # Those that are being stored come first, and are the older ones.
                 entry = queue.fresh[-1] if queue.fresh[0].row else queue.fresh[0]
-                if not entry.row and (oldest is None or entry.born < oldest):
-                    oldest = entry.born
-        return oldest
+                if not entry.row and (put is None or entry.since < put):
+                    put = entry.since
+        return written, put
 
     def stored(self, kind: Class, upto: int) -> list[T]:
         """All rows up to number `upto` are committed: the tokens to settle, in order."""
