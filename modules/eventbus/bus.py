@@ -42,6 +42,8 @@ WINDOW_BYTES: Final = 32 * 2**20
 "Payload in hand per MQTT broker, not yet settled."
 DRAIN_SECONDS: Final = 6.0
 "For what is in hand when the process is asked to end; below Module.drain_timeout."
+BROKER_DROPPED_TOPIC: Final = "$SYS/broker/publish/messages/dropped"
+"Where mosquitto says how many messages it has dropped since its start (mosquitto(8), BROKER STATUS)."
 LOG_EVERY_SECONDS: Final = 10.0
 "Refusals of one reason are logged this often, with their number."
 
@@ -235,6 +237,7 @@ class _Side:
         self._subscription_timer: asyncio.TimerHandle | None = None
         self._told: dict[str, tuple[float, int]] = {}
         self._was_complete = False
+        self._broker_dropped: int | None = None
         self.disconnects = 0
 
     @property
@@ -256,6 +259,8 @@ class _Side:
         self.uplink.connected(session_present=facts.session_present)
         if self._subscriptions.connected(self.name, session_present=facts.session_present):
             self._owner.save_intent_soon()
+        if not self._is_subscribed(BROKER_DROPPED_TOPIC):
+            self.connection.watch(BROKER_DROPPED_TOPIC)
         self.synchronise()
         self._pump_to_mqtt()
 
@@ -272,6 +277,11 @@ class _Side:
         if self._owner.is_draining:
             return
         uplink = self.uplink
+        if topic == BROKER_DROPPED_TOPIC and payload is not None:
+            self._broker_dropped = int(payload) if payload.isdigit() and len(payload) < 19 else self._broker_dropped
+            if not self._is_subscribed(topic):
+                self._acknowledge(uplink.skip(mid, qos))
+                return
         if payload is None:
             self._tell(f"skipped for its {size} bytes", topic or "?")
             self._acknowledge(uplink.skip(mid, qos, reason=TOO_LARGE))
@@ -468,6 +478,8 @@ class _Side:
             "publishes_waiting": downlink.waiting,
             "publishes_in_flight": downlink.in_flight,
         }
+        if self._broker_dropped is not None:
+            counters["mqtt_broker_dropped"] = self._broker_dropped
         for reason, count in uplink.given_up.items():
             counters[f"given_up_{reason}"] = count
         for reason, count in downlink.refused.items():

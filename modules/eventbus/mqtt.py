@@ -160,6 +160,14 @@ class MqttConnection:
         assert mid is not None
         return mid
 
+    def watch(self, topic: str) -> None:
+        """Subscribe at QoS 0: the broker keeps nothing of it while we are away. A refusal does no harm."""
+        assert self._client is not None
+        if self._version is MQTT5:
+            self._client.subscribe(topic, options=SubscribeOptions(qos=0))
+        else:
+            self._client.subscribe(topic, qos=0)
+
     def unsubscribe(self, topic_filter: str) -> int:
         assert self._client is not None
         _, mid = self._client.unsubscribe(topic_filter)

@@ -532,3 +532,16 @@ def test_a_broker_that_is_not_there_is_dialled_until_it_is(tmp_path: Path) -> No
         broker.kill()
         until_sync(lambda: broker._process is not None and broker._process.poll() is not None)
         run(scenario(broker))
+
+
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+def test_what_the_broker_dropped_is_counted_and_goes_nowhere_else(tmp_path: Path, protocol: str) -> None:
+    async def scenario(broker: Mosquitto) -> None:
+        async with hosted(EventBus(settings(broker, protocol=protocol), tmp_path)) as host:
+            await until(lambda: "mqtt_broker_dropped" in host.module.counters(), "the broker's own count")
+            assert host.count("mqtt_broker_dropped") == 0
+            await subscribed(host)
+            assert host.bus.delivered == []
+
+    with Mosquitto(tmp_path / "m", lines=["sys_interval 1"]) as broker:
+        run(scenario(broker))

@@ -391,10 +391,10 @@ def test_D_V_4_a_filter_that_the_broker_refuses_does_not_stop_the_others(tmp_pat
             broker.refuses_filters = {b"$hw/events/upload/#"}
             async with hosted(module(broker, tmp_path)) as host:
                 await until(lambda: host.count("subscriptions_missing") == 1)
-                assert len(broker.last.of(SUBSCRIBE)) == 6
+                assert len([each for each in broker.last.of(SUBSCRIBE) if b"$SYS" not in each.body]) == 6
                 broker.refuses_filters.clear()
                 await ready(host)
-                assert len(broker.last.of(SUBSCRIBE)) == 7
+                assert len([each for each in broker.last.of(SUBSCRIBE) if b"$SYS" not in each.body]) == 7
 
     run(scenario())
 
