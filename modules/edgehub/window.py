@@ -90,11 +90,12 @@ class ByteWindow:
         self._under_way = None
         rtt = max(now - sent, 0.0)
         self._last_rtt = rtt
-        is_idle_ping = size < 1024
+        is_nearly_idle = size + self._bytes <= 2 * FLOOR_BYTES
         if self._base_rtt is None or rtt < self._base_rtt:
             self._base_rtt = rtt
-        elif is_idle_ping and self._bytes == 0:
-            # Nothing was queued: this is what the path takes today (a mobile node may have moved).
+        elif is_nearly_idle:
+            # Hardly anything was queued: this is what the path takes today (a mobile node may have moved). Under
+            # load a longer path looks like a queue first, until the window is small enough to tell them apart.
             self._base_rtt += (rtt - self._base_rtt) / 4
         queued_seconds = rtt - self._base_rtt
         if queued_seconds > TARGET_SECONDS:

@@ -117,3 +117,21 @@ def test_waiting_until_next_at_always_gives_a_token() -> None:
         now = bucket.next_at() or 0.0
         assert bucket.available(now=now) == 1
         bucket.take(1)
+
+
+def test_a_path_that_becomes_longer_under_load_does_not_stay_mistaken_for_a_queue() -> None:
+    """Satellite hand-over: the round trip grows from 1 to 300 ms while there is always something to write."""
+    window = ByteWindow(8 * 2**20)
+    now = 0.0
+    sent_after = 0
+    for turn in range(120):
+        rtt = 0.001 if turn < 20 else 0.3
+        size = max(window.room(0), 1)
+        window.wrote(size, now=now)
+        window.barrier_sent(now=now)
+        window.filled()
+        now += rtt
+        window.barrier_passed(now=now)
+        if turn >= 90:
+            sent_after += size
+    assert sent_after / 30 > 1 * 2**20, "a window of bytes, not of kilobytes, is under way again"
