@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from bench import report
-from bench.bus import contenders, measure_bus
+from bench.bus import NOISY_PERCENT, contenders, measure_bus
 from bench.children import ChildFailed
 from bench.machine import facts
 from bench.node import become_idle_sampler, measure_node, resume
@@ -26,9 +26,6 @@ GROUPS = {
     "idle": (),
 }
 "What `--only` takes, and the measures behind each word."
-
-NOISY_PERCENT = 10.0
-"Of the machine used by others in a round: from there on we warn."
 
 
 def main() -> int:
