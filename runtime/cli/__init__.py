@@ -72,6 +72,14 @@ def status(
 
 
 @app.command()
+def ledger(as_json: JsonOption = False) -> None:
+    """What was refused and what was dropped, and whether the accounts close. Exit status 1: messages are missing."""
+    from runtime.cli import accounting as command
+
+    raise typer.Exit(command.show(as_json=as_json))
+
+
+@app.command()
 def restart(
     module: Annotated[
         str, typer.Argument(help="Program to restart, as `edgezmq status` names it; `all` for every one.")

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from runtime import ledger
 from runtime.admin import AdminClient, AdminRefused, BrokerSilent
 from runtime.cli.node import NODE_LOCK
 from runtime.config import NodeConfig, load
@@ -62,6 +63,7 @@ def collect(home: Home) -> dict[str, Any]:
         "broker": None,
         "modules": [],
         "link": None,
+        "ledger": None,
         "problems": problems,
     }
     programs = _programs(home, problems) if pid is not None else []
@@ -75,6 +77,7 @@ def collect(home: Home) -> dict[str, Any]:
     for module in status["modules"]:
         module.update(_memory(module["pid"]))
         problems += _problems_of(module)
+    status["ledger"] = _ledger(home, bus, problems)
     if any(module["name"] == "edgehub" and module["state"] == "attached" for module in status["modules"]):
         status["link"] = _link(config, home, problems)
         problems += _link_problems(status["link"])
@@ -100,6 +103,21 @@ def _bus(endpoint: str, problems: list[str], *, expected: bool) -> dict[str, Any
         if expected:
             problems.append(str(fault))
         return None
+
+
+def _ledger(home: Home, bus: dict[str, Any] | None, problems: list[str]) -> dict[str, Any]:
+    """The sums of the loss ledger; `edgezmq ledger` has the whole."""
+    outbox = None
+    try:
+        outbox = ledger.read_outbox(home.data / ledger.OUTBOX_FILE)
+    except ledger.UnreadableOutbox as fault:
+        problems.append(f"the outbox cannot be read: {fault}")
+    whole = ledger.compose(bus, outbox)
+    problems += ledger.problems(whole)
+    return {
+        key: whole[key]
+        for key in ("refused_messages", "dropped_messages", "dropped", "stored", "mqtt_broker_dropped", "balanced")
+    }
 
 
 def _watchdog_counts(home: Home) -> dict[str, Any]:
