@@ -118,8 +118,13 @@ async def main(backlog: int) -> None:
                         await sim.inject("clear")
                         if milliseconds:
                             await sim.inject("delay", NODE, seconds=milliseconds / 1000)
-                        await send(bus, first, 2000)  # the window finds its size
-                        first += 2000
+                            await sim.inject("drop", NODE)  # a connection that knows no other round trip
+                            await sim.wait_for(lambda: not sim.is_served(NODE))
+                            await sim.wait_served(NODE)
+                            while (await status(bus))["state"] != "served":
+                                await asyncio.sleep(0.1)
+                        await send(bus, first, 5000)  # the window finds its size
+                        first += 5000
                         before = written_bytes(edgehub)
                         rate = await send(bus, first, MESSAGES)
                         first += MESSAGES
