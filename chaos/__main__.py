@@ -1,0 +1,279 @@
+"""`python -m chaos`: the kill matrix. docs/chaos.md says what it does and how to read it; `make chaos` calls it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import Any, Final
+
+from chaos.account import percentile
+from chaos.disk import build_shim
+from chaos.harms import CELLS, Cell
+from chaos.load import Load
+from chaos.rig import Rig, RigBroken
+from chaos.run import QUICK, Pace, Result, as_json, measure_capacity, run_cell, work
+from chaos.table import render
+from demo.children import DemoFailed, Interrupts
+
+BASELINE_SECONDS: Final = 12.0
+CAPACITY_SECONDS: Final = 6.0
+FLOOR_MS: Final = 2.0
+"The undisturbed p99 is taken as at least this."
+BAR_RECOVERY_S: Final = 2.0
+"edgehub or broker after SIGKILL."
+BAR_RATIO: Final = 2.0
+
+
+class Run:
+    """All cells of one call, over as many rigs as it takes."""
+
+    def __init__(self, options: argparse.Namespace, directory: Path, shim: Path | None, why_no_shim: str) -> None:
+        self.results: list[Result] = []
+        self.calm: list[float] = []
+        self.rates = (0.0, 0.0)
+        self.capacity = (0.0, 0.0)
+        self.rigs = 0
+        self._options = options
+        self._directory = directory
+        self._shim = shim
+        self._why_no_shim = why_no_shim
+        self._rig: Rig | None = None
+        self._load: Load | None = None
+        self._pace = QUICK if options.quick else Pace()
+
+    def cell(self, cell: Cell, chance: Random) -> Result:
+        """Run it, on a fresh rig where the last one cannot serve. Never raises for a rig that breaks."""
+        result = Result(cell.victim, cell.harm.name)
+        if cell.harm.needs_shim and self._shim is None:
+            result.why_not = self._why_no_shim
+        else:
+            try:
+                rig, load = self._whole_rig()
+                result = run_cell(cell, rig, load, self.rates, chance, self._pace)
+                self.calm += result.calm
+            except (RigBroken, DemoFailed, OSError) as fault:
+                result.why_not = f"{type(fault).__name__}: {fault}"
+            if not result.ran or not result.is_clean or result.total.lost:
+                self._give_up(cell)
+        self.results.append(result)
+        return result
+
+    def _whole_rig(self) -> tuple[Rig, Load]:
+        if self._rig is None or self._load is None:
+            self.rigs += 1
+            directory = self._directory / str(self.rigs)
+            self._rig = rig = Rig(directory, self._shim)
+            rig.start()
+            self._load = load = Load(rig)
+            self._warm(rig, load)
+            if not self.rates[0]:
+                self._measure(rig, load)
+        return self._rig, self._load
+
+    def _warm(self, rig: Rig, load: Load) -> None:
+        """Until a message has crossed the node in each direction."""
+        load.set_rates(20.0, 20.0, others=True)
+        work(rig, load, lambda: bool(load.uploads.came_at and load.commands.came_at and load.kept.came_at), 30.0)
+        if not load.uploads.came_at or not load.commands.came_at:
+            raise RigBroken("no message crosses the fresh node")
+        load.set_rates(0.0, 0.0, others=False)
+        work(rig, load, load.is_settled, 10.0)
+
+    def _measure(self, rig: Rig, load: Load) -> None:
+        seconds = CAPACITY_SECONDS / (2 if self._options.quick else 1)
+        self.capacity = measure_capacity(rig, load, seconds)
+        self.rates = self.capacity[0] / 2, self.capacity[1] / 2
+        say(
+            f"capacity, both directions at once: {self.capacity[0]:.0f} uploads/s, {self.capacity[1]:.0f} commands/s; "
+            "the load is half of each"
+        )
+        load.begin_cell()
+        load.set_rates(*self.rates, others=True)
+        work(rig, load, lambda: False, 1.5)
+        load.latencies.clear()
+        work(rig, load, lambda: False, BASELINE_SECONDS / (4 if self._options.quick else 1))
+        self.calm += [took for _, took in load.latencies]
+        load.set_rates(0.0, 0.0, others=False)
+        work(rig, load, load.is_settled, 20.0)
+        say(f"unrelated pair, loaded and undisturbed: p99 {(percentile(self.calm, 0.99) or 0) * 1000:.2f} ms")
+
+    def _give_up(self, cell: Cell) -> None:
+        if self._rig is not None:
+            name = f"{len(self.results):03d}-{cell.victim}-{cell.harm.name}".replace(" ", "_")
+            self._rig.keep_logs(self._directory / "failed" / name)
+        self.close()
+
+    def close(self) -> None:
+        if self._load is not None:
+            self._load.close()
+        if self._rig is not None:
+            self._rig.close()
+            shutil.rmtree(self._rig.directory, ignore_errors=True)
+        self._load = self._rig = None
+
+    # --- afterwards ---
+
+    def document(self, seed: int, seconds: float) -> dict[str, Any]:
+        calm = percentile(self.calm, 0.99)
+        base_ms = max(FLOOR_MS, calm * 1000) if calm is not None else None
+        cells = []
+        for result in self.results:
+            p99 = percentile(result.disturbed, 0.99) if result.disturbed else None
+            ratio = p99 * 1000 / base_ms if p99 is not None and base_ms else None
+            cells.append(as_json(result, ratio, p99 * 1000 if p99 is not None else None))
+        return {
+            "seed": seed,
+            "seconds": round(seconds, 1),
+            "capacity_uploads_per_s": round(self.capacity[0]),
+            "capacity_commands_per_s": round(self.capacity[1]),
+            "undisturbed_p99_ms": round(calm * 1000, 3) if calm is not None else None,
+            "undisturbed_requests": len(self.calm),
+            "rigs": self.rigs,
+            "cores": os.cpu_count(),
+            "load_average": round(os.getloadavg()[0], 2),
+            "cells": cells,
+        }
+
+
+def faults(cells: Sequence[dict[str, Any]]) -> list[str]:
+    """What misses the bar, in words."""
+    found = []
+    for cell in cells:
+        name = f"{cell['victim']}:{cell['harm']}"
+        if not cell["ran"]:
+            found.append(f"{name} did not run: {cell['why_not']}")
+            continue
+        if cell["lost"]:
+            found.append(f"{name}: {cell['lost']} lost")
+        if cell["duplicated_unexplained"]:
+            found.append(f"{name}: {cell['duplicated_unexplained']} duplicates neither marked nor in the window")
+        if cell["recovery_s"] is None:
+            found.append(f"{name}: did not recover")
+        elif _is_barred(cell) and cell["recovery_s"] >= BAR_RECOVERY_S:
+            found.append(f"{name}: recovery took {cell['recovery_s']:.2f} s")
+        ratio = cell["unrelated_p99_ratio"]
+        if ratio is not None and ratio > BAR_RATIO:
+            found.append(f"{name}: the unrelated pair's p99 is {ratio:.2f} times the undisturbed one")
+    return found
+
+
+def _is_barred(cell: dict[str, Any]) -> bool:
+    return cell["harm"] == "SIGKILL" and cell["victim"] in ("edgehub", "broker")
+
+
+def chosen(options: argparse.Namespace) -> list[Cell]:
+    cells = [cell for cell in CELLS if not options.only or cell.name in options.only]
+    unknown = set(options.only or ()) - {cell.name for cell in CELLS}
+    if unknown:
+        raise SystemExit(f"chaos: no such cell: {', '.join(sorted(unknown))}. See: python -m chaos --list")
+    return cells
+
+
+def schedule(cells: Sequence[Cell], runs: int, chance: Random) -> list[Cell]:
+    """One pass in the table's order; a long form of `runs` cells is whole passes, each in an order of its own."""
+    if not runs:
+        return list(cells)
+    found: list[Cell] = []
+    while len(found) < runs:
+        found += chance.sample(list(cells), len(cells))
+    return found[:runs]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    if options.list:
+        for cell in CELLS:
+            say(cell.name, to=sys.stdout)
+        return 0
+    seed = options.seed if options.seed is not None else secrets.randbelow(2**31)
+    chance = Random(seed)
+    cells = schedule(chosen(options), options.runs, chance)
+    Interrupts().listen()
+    directory = Path(tempfile.mkdtemp(prefix="ezc-", dir="/tmp"))
+    started = time.monotonic()
+    say(f"seed {seed}, {len(cells)} cells")
+    shim, why = None, ""
+    try:
+        shim = build_shim(directory)
+    except (OSError, subprocess.CalledProcessError) as fault:
+        why = f"the shim could not be built: {fault}"
+        say(why)
+    run = Run(options, directory, shim, why)
+    status = 1
+    try:
+        for number, cell in enumerate(cells, 1):
+            begun = time.monotonic()
+            result = run.cell(cell, Random(chance.getrandbits(32)))
+            say(f"{number:3}/{len(cells)} {_line(result, time.monotonic() - begun)}")
+            if options.json:
+                options.json.write_text(json.dumps(run.document(seed, time.monotonic() - started), indent=1) + "\n")
+        document = run.document(seed, time.monotonic() - started)
+        say(render(document), to=sys.stdout)
+        missed = faults(document["cells"])
+        for text in missed:
+            say(f"NOT as it should be: {text}", to=sys.stdout)
+        say(
+            f"chaos seed={seed} cells={len(cells)} lost={sum(cell['lost'] or 0 for cell in document['cells'])} "
+            f"missed={len(missed)} seconds={document['seconds']:.0f}",
+            to=sys.stdout,
+        )
+        status = 1 if missed else 0
+    except KeyboardInterrupt:
+        status = 130
+    finally:
+        run.close()
+        if (directory / "failed").is_dir():
+            say(f"logs of the cells that failed: {directory / 'failed'}")
+        else:
+            shutil.rmtree(directory, ignore_errors=True)
+    return status
+
+
+def _line(result: Result, seconds: float) -> str:
+    name = f"{result.victim}:{result.harm}"
+    if not result.ran:
+        return f"{name:32} DID NOT RUN: {result.why_not}"
+    total = result.total
+    recovery = "never" if result.recovery_s is None else f"{result.recovery_s:.2f} s"
+    p99 = percentile(result.disturbed, 0.99) if result.disturbed else None
+    notes = f"  ({'; '.join(result.notes)})" if result.notes else ""
+    return (
+        f"{name:32} sent {total.sent:6} lost {total.lost} mqtt {total.lost_by_mqtt} stored {total.stored} "
+        f"twice {total.duplicated} (marked {total.duplicated_marked}, window {total.duplicated_in_window}, "
+        f"unexplained {total.duplicated_unexplained}) back after {recovery}, "
+        f"pair p99 {'-' if p99 is None else f'{p99 * 1000:.1f} ms'}, {seconds:.0f} s{notes}"
+    )
+
+
+def say(text: str, to: Any = None) -> None:
+    print(text, file=to or sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m chaos",
+        description="Break a loaded node in every way, and count what was lost. "
+        "Exit status 0 only if all is as promised.",
+    )
+    add = parser.add_argument
+    add("--json", type=Path, metavar="FILE", help="write the results there; written anew after each cell")
+    add("--runs", type=int, default=0, metavar="N", help="the long form: N cells in random order; default: each once")
+    add("--seed", type=int, help="of all chances; default: a random one, printed")
+    add("--only", action="append", metavar="VICTIM:HARM", help="only this cell; may be repeated")
+    add("--quick", action="store_true", help="short cells with few messages: does it work at all?")
+    add("--list", action="store_true", help="the names of the cells")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

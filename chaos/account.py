@@ -1,0 +1,123 @@
+"""What was sent, accepted, and what became of it. A core: it counts what it is told, and reads no clock."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass, field
+
+
+class Mark(enum.Enum):
+    """What is known of an arrival beyond the first."""
+
+    MARKED = "marked"
+    "The receiver was told that it may be a repetition: `redelivered`, or the same message id in the cloud."
+    PLAIN = "plain"
+
+
+@dataclass(slots=True)
+class Counts:
+    """One flow of one cell."""
+
+    sent: int = 0
+    accepted: int = 0
+    arrived: int = 0
+    "Distinct ones."
+    stored: int = 0
+    "Accepted, not arrived, and still in a file of the node."
+    lost: int = 0
+    "Accepted, not arrived, not stored."
+    lost_by_mqtt: int = 0
+    "Acknowledged to the device by an MQTT broker that was killed before the node had acknowledged it to the broker."
+    duplicated: int = 0
+    "Arrivals beyond the first."
+    duplicated_marked: int = 0
+    duplicated_in_window: int = 0
+    "Not marked, of messages that were on their way at the harm."
+    duplicated_unexplained: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        mine, theirs = asdict(self), asdict(other)
+        return Counts(**{name: mine[name] + theirs[name] for name in mine})
+
+
+@dataclass(slots=True)
+class Flow:
+    """Numbered messages of one kind in one cell. Times are seconds of the caller's clock."""
+
+    sent_at: dict[str, float] = field(default_factory=dict)
+    accepted_at: dict[str, float] = field(default_factory=dict)
+    came_at: dict[str, list[float]] = field(default_factory=dict)
+    ids: dict[str, list[str]] = field(default_factory=dict)
+    "Message ids of the arrivals, where they have any."
+    marked: dict[str, int] = field(default_factory=dict)
+    "Arrivals that came with a mark."
+    damaged: int = 0
+
+    def send(self, key: str, now: float) -> None:
+        self.sent_at.setdefault(key, now)
+
+    def accept(self, key: str, now: float) -> None:
+        self.accepted_at.setdefault(key, now)
+
+    def arrive(self, key: str, now: float, *, message_id: str = "", is_marked: bool = False) -> None:
+        self.came_at.setdefault(key, []).append(now)
+        self.ids.setdefault(key, []).append(message_id)
+        if is_marked:
+            self.marked[key] = self.marked.get(key, 0) + 1
+
+    def missing(self) -> list[str]:
+        """Accepted and not arrived."""
+        return sorted(self.accepted_at.keys() - self.came_at.keys())
+
+    def counts(
+        self,
+        *,
+        harm_at: float,
+        over_at: float,
+        window_seconds: float,
+        stored: Collection[str] = (),
+        node_has: Collection[str] | None = None,
+        mqtt_died_at: Iterable[float] = (),
+    ) -> Counts:
+        """The sums. `node_has`: what the node acknowledged to the MQTT broker, where that is known.
+
+        A repetition without a mark is within the window when the message was sent before the harm was over, and
+        its first arrival was not longer than `window_seconds` before the harm: nobody could know that it had arrived.
+        """
+        counts = Counts(sent=len(self.sent_at), accepted=len(self.accepted_at), arrived=len(self.came_at))
+        deaths = list(mqtt_died_at)
+        for key in self.missing():
+            if key in stored:
+                counts.stored += 1
+            elif (
+                node_has is not None
+                and key not in node_has
+                and any(self.accepted_at[key] <= death + 1.0 for death in deaths)
+            ):
+                counts.lost_by_mqtt += 1
+            else:
+                counts.lost += 1
+        for key, times in self.came_at.items():
+            again = len(times) - 1
+            if not again:
+                continue
+            counts.duplicated += again
+            same_id = len(self.ids[key]) - len(set(self.ids[key])) if self.ids[key][0] else 0
+            marked = min(again, max(self.marked.get(key, 0), same_id))
+            counts.duplicated_marked += marked
+            if again > marked:
+                sent = self.sent_at.get(key, over_at)
+                if sent <= over_at and times[0] >= harm_at - window_seconds:
+                    counts.duplicated_in_window += again - marked
+                else:
+                    counts.duplicated_unexplained += again - marked
+        return counts
+
+
+def percentile(values: Collection[float], share: float) -> float | None:
+    """None for no values."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))]

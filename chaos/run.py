@@ -1,0 +1,279 @@
+"""One cell: load, harm, recovery, and the sums."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any, Final
+
+from chaos.account import Counts, Flow
+from chaos.harms import PAIR_CARRIERS, Cell, Scene
+from chaos.load import Load
+from chaos.rig import Rig
+
+TICK_SECONDS: Final = 0.01
+AFTER_SECONDS: Final = 5.0
+"Of load after the recovery; the pair is watched as long."
+RECOVERY_LIMIT_SECONDS: Final = 25.0
+QUIET_SECONDS: Final = 0.7
+"After everything has arrived: time for a duplicate to show."
+PATIENCE_SECONDS: Final = 15.0
+"Without any progress for so long, what has not arrived will not."
+DRAIN_LIMIT_SECONDS: Final = 40.0
+WINDOW_SECONDS: Final = 3.0
+"A message that arrived so long before the harm may still have been unconfirmed."
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long and how much."""
+
+    before_seconds: tuple[float, float] = (1.5, 2.5)
+    after_seconds: float = AFTER_SECONDS
+    at_least: int = 1000
+    "Messages each way."
+
+
+QUICK: Final = Pace((0.7, 1.0), 1.0, 200)
+
+
+@dataclass
+class Result:
+    """What a cell came to. None: not known, or not asked of this victim."""
+
+    victim: str
+    harm: str
+    ran: bool = False
+    why_not: str = ""
+    flows: dict[str, Counts] = field(default_factory=dict)
+    recovery_s: float | None = None
+    caught_up_s: float | None = None
+    "From the same moment until nothing was on its way any more, with the load taken off at its time."
+    calm: list[float] = field(default_factory=list)
+    "Latencies of the pair before the harm; after it."
+    disturbed: list[float] | None = None
+    pair_failed: int = 0
+    commands_lost_in_flight: int = 0
+    "Askings that the cloud wrote to the node and the device never got; the application asked again."
+    refused: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    is_clean: bool = False
+    "The rig may serve another cell."
+
+    @property
+    def total(self) -> Counts:
+        return sum(self.flows.values(), Counts())
+
+
+def run_cell(cell: Cell, rig: Rig, load: Load, rates: tuple[float, float], chance: Random, pace: Pace) -> Result:
+    result = Result(cell.victim, cell.harm.name)
+    started = time.monotonic()
+
+    def pause(seconds: float) -> None:
+        work(rig, load, lambda: False, seconds)
+
+    scene = Scene(rig, load, chance, pause, cell.victim)
+    harm = cell.harm
+    deaths = len(rig.mqtt_deaths)
+    refused_before = rig.control.refused(cell.victim)
+    load.begin_cell()
+    load.latencies.clear()
+    load.set_rates(*rates, others=True)
+    pause(chance.uniform(*pace.before_seconds))
+    result.calm = [took for _, took in load.latencies]
+    load.latencies.clear()
+    harm_at = time.monotonic()
+    if harm.offline_seconds:
+        assert rig.link is not None
+        rig.link.order("stall")
+        pause(harm.offline_seconds)
+    killed_at = time.monotonic()
+    old_pid = rig.pid(cell.victim) if cell.victim == "watchdog" else 0
+    harm.begin(scene)
+    if harm.is_kill:
+        load.watch(killed_at)
+    pause(chance.uniform(*harm.hold_seconds))
+    if harm.end is not None:
+        harm.end(scene)
+    over_at = time.monotonic()
+    since = killed_at
+    if not harm.is_kill:
+        since = over_at
+        load.watch(over_at)
+
+    def recovered_at() -> float | None:
+        if not rig.is_whole():
+            return None
+        if old_pid and harm.is_kill and rig.pid("watchdog") == old_pid:
+            return None
+        where = "keeper" if cell.victim in ("keeper", "maker") else "cloud"
+        return load.first.get((where, harm.is_kill))
+
+    recovered: float | None = None
+    whole_at: float | None = None
+
+    def is_over() -> bool:
+        nonlocal recovered, whole_at
+        if recovered is None:
+            recovered = recovered_at()
+            if recovered is not None:
+                whole_at = time.monotonic()
+            return False
+        assert whole_at is not None
+        enough = min(len(load.uploads.sent_at), len(load.commands.sent_at)) >= pace.at_least
+        return enough and time.monotonic() > whole_at + pace.after_seconds
+
+    work(rig, load, is_over, RECOVERY_LIMIT_SECONDS)
+    end_of_load = time.monotonic()
+    if recovered is None:
+        result.notes.append(f"no message came through within {RECOVERY_LIMIT_SECONDS:.0f} s")
+    else:
+        # A watchdog carries no messages: it is back when it holds its lock.
+        result.recovery_s = (whole_at if old_pid and whole_at else recovered) - since
+    until = (recovered or end_of_load) + pace.after_seconds
+    load.set_rates(0.0, 0.0, others=False)
+    settled_at: float | None = None
+
+    def is_quiet() -> bool:
+        nonlocal settled_at
+        now = time.monotonic()
+        if load.is_settled() and now > end_of_load + 0.3:
+            settled_at = settled_at or now
+            return now > settled_at + QUIET_SECONDS
+        settled_at = None
+        return now - max(load.last_progress, end_of_load) > PATIENCE_SECONDS
+
+    work(rig, load, is_quiet, DRAIN_LIMIT_SECONDS)
+    result.caught_up_s = settled_at - since if settled_at else None
+    result.is_clean = settled_at is not None and recovered is not None and rig.is_whole()
+    _count(result, rig, load, harm_at, max(over_at, recovered or over_at), rig.mqtt_deaths[deaths:])
+    if cell.victim not in PAIR_CARRIERS:
+        window = [took for at, took in load.latencies if harm_at <= at <= until]
+        result.disturbed = window
+        result.pair_failed = sum(took >= 20.0 for took in window)
+    if harm.needs_shim and not rig.control.is_shimmed("broker"):
+        result.notes.append("the shim is not in the processes")
+    elif "disk full" in harm.name and cell.victim != "everything":
+        result.notes.append(f"{rig.control.refused(cell.victim) - refused_before} writes met the full disk")
+    result.ran = True
+    result.seconds = time.monotonic() - started
+    return result
+
+
+def work(rig: Rig, load: Load, is_over: Callable[[], bool], seconds: float) -> None:
+    """The load, for so long or until `is_over()`."""
+    end = time.monotonic() + seconds
+    while True:
+        load.tick()
+        rig.tend()
+        if is_over() or time.monotonic() >= end:
+            return
+        time.sleep(TICK_SECONDS)
+
+
+def _count(result: Result, rig: Rig, load: Load, harm_at: float, over_at: float, deaths: list[float]) -> None:
+    flows: dict[str, Flow] = {
+        "uploads": load.uploads,
+        "answers": load.answers,
+        "module_uploads": load.made,
+        "module_messages": load.kept,
+        "objects": load.objects,
+        "commands": load.commands,
+    }
+    missing = {key for name, flow in flows.items() if name != "commands" for key in flow.missing()}
+    stored = find_stored(rig, missing) if missing else set()
+    for name, flow in flows.items():
+        through_mqtt = name in ("uploads", "answers")
+        result.flows[name] = flow.counts(
+            harm_at=harm_at,
+            over_at=over_at,
+            window_seconds=WINDOW_SECONDS,
+            stored=stored,
+            node_has=load.node_has if through_mqtt else None,
+            mqtt_died_at=deaths if through_mqtt else (),
+        )
+        examples = [key for key in flow.missing() if key not in stored][:5]
+        if examples:
+            result.notes.append(f"{name} missing: {' '.join(examples)}")
+        if flow.damaged:
+            result.notes.append(f"{name}: {flow.damaged} arrived damaged")
+    result.commands_lost_in_flight = max(0, load.asks - load.asks_that_came)
+    result.refused = dict(load.refusals)
+
+
+def find_stored(rig: Rig, keys: set[str]) -> set[str]:
+    """Which of the tokens are in a file of the node or of mosquitto: it is stored, and will go when it can."""
+    texts: list[bytes] = []
+    for directory in (rig.home.data, rig.disk.root / "mqtt"):
+        for path in sorted(Path(directory).rglob("*")):
+            if path.is_file():
+                texts.append(path.read_bytes())
+    return {key for key in keys if any(key.encode() in text for text in texts)}
+
+
+# --- capacity ---------------------------------------------------------------------------------------------
+
+
+def measure_capacity(rig: Rig, load: Load, seconds: float) -> tuple[float, float]:
+    """Uploads and answered commands a second, both at once, with as many on their way as the node likes."""
+    load.begin_cell()
+    load.set_rates(0.0, 0.0, others=True)
+    counted: list[tuple[float, int, int]] = []
+
+    def flood() -> bool:
+        now = time.monotonic()
+        up, down = load.uploads, load.commands
+        for _ in range(max(0, 800 - (len(up.sent_at) - len(up.came_at)))):
+            load.publish_one(now)
+        fresh = max(0, 200 - len(load.asked))
+        if fresh:
+            load._ask([load.next_command(now) for _ in range(fresh)], [], now)
+        counted.append((now, len(up.came_at), len(down.came_at)))
+        return False
+
+    work(rig, load, flood, seconds)
+    late = [one for one in counted if one[0] > counted[0][0] + seconds / 4]
+    spent = late[-1][0] - late[0][0]
+    rates = (late[-1][1] - late[0][1]) / spent, (late[-1][2] - late[0][2]) / spent
+    load.set_rates(0.0, 0.0, others=False)
+    work(rig, load, load.is_settled, 20.0)
+    return rates
+
+
+def as_json(result: Result, ratio: float | None, p99_ms: float | None) -> dict[str, Any]:
+    """One object of `cells`. A cell that did not run has null for every number."""
+    total = result.total
+    head: dict[str, Any] = {"victim": result.victim, "harm": result.harm, "ran": result.ran}
+    if not result.ran:
+        names = ("sent", "arrived", "stored", "lost", "duplicated", "recovery_s", "unrelated_p99_ratio")
+        return head | dict.fromkeys(names) | {"why_not": result.why_not}
+    return head | {
+        "sent": total.sent,
+        "accepted": total.accepted,
+        "arrived": total.arrived,
+        "stored": total.stored,
+        "lost": total.lost,
+        "lost_by_mqtt_broker": total.lost_by_mqtt,
+        "commands_lost_in_flight": result.commands_lost_in_flight,
+        "duplicated": total.duplicated,
+        "duplicated_marked": total.duplicated_marked,
+        "duplicated_in_window": total.duplicated_in_window,
+        "duplicated_unexplained": total.duplicated_unexplained,
+        "recovery_s": _rounded(result.recovery_s),
+        "caught_up_s": _rounded(result.caught_up_s),
+        "unrelated_p99_ratio": _rounded(ratio),
+        "unrelated_p99_ms": _rounded(p99_ms),
+        "unrelated_failed": result.pair_failed,
+        "refused": result.refused,
+        "flows": {name: asdict(counts) for name, counts in result.flows.items()},
+        "notes": result.notes,
+        "seconds": round(result.seconds, 1),
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
