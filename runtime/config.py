@@ -192,6 +192,11 @@ class EdgeHubExtras(Section, frozen=True):
     downstream_messages: Count = 4096
     "Received and not yet handled; above it reading stops."
     downstream_bytes: Annotated[int, Meta(ge=65_536, le=2**40)] = 32 * 2**20
+    parked_messages: Count = 10_000
+    "Objects from the cloud, on disk, whose owning group no module has declared; above it no ACK goes up."
+    parked_bytes: Annotated[int, Meta(ge=65_536, le=2**40)] = 64 * 2**20
+    owner_refusals: Annotated[int, Meta(ge=1, le=1000)] = 5
+    "An object that its owner refused so often is acknowledged and written into the ledger."
     max_content_depth: Annotated[int, Meta(ge=1, le=9000)] = 512
     "Deeper JSON is refused as `invalid`. Go's decoder stops at 10,000."
     retry_cap_seconds: Annotated[float, Meta(ge=1, le=86_400)] = 60.0

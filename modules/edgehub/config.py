@@ -112,6 +112,11 @@ class EdgeHubConfig:
     downstream_messages: int = 4096
     "Received and not yet settled by their modules; above it the socket is not read."
     downstream_bytes: int = 32 * 2**20
+    parked_messages: int = 10_000
+    "Objects whose owner no module here has declared, on disk; above it they are not acknowledged."
+    parked_bytes: int = 64 * 2**20
+    owner_refusals: int = 5
+    "An object that its owner refused so often is acknowledged and goes to the ledger."
 
     def __post_init__(self) -> None:
         if not _NODE_NAME.fullmatch(self.node_name):
@@ -149,6 +154,9 @@ class EdgeHubConfig:
             ("max_upload_bytes", 65_536),
             ("downstream_messages", 1),
             ("downstream_bytes", 65_536),
+            ("parked_messages", 1),
+            ("parked_bytes", 65_536),
+            ("owner_refusals", 1),
         ):
             if getattr(self, name) < least:
                 raise ConfigError(name, getattr(self, name), f"at least {least}")
@@ -194,4 +202,7 @@ class EdgeHubConfig:
             max_frame_bytes=extra.max_frame_bytes,
             downstream_messages=extra.downstream_messages,
             downstream_bytes=extra.downstream_bytes,
+            parked_messages=extra.parked_messages,
+            parked_bytes=extra.parked_bytes,
+            owner_refusals=extra.owner_refusals,
         )

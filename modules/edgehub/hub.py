@@ -26,6 +26,7 @@ from modules.edgehub.dispatch import Received, Seen, destination
 from modules.edgehub.lanes import Lanes
 from modules.edgehub.link import Link, make_link
 from modules.edgehub.outbox import Class, Outbox, OutboxLimits, Poisoned, StoredRow
+from modules.edgehub.parking import NOBODY, NOT_THE_OWNER, REFUSED_BY_OWNER, Parking, ParkingLimits
 from modules.edgehub.session import (
     Action,
     Announce,
@@ -127,6 +128,7 @@ class EdgeHub(Module):
         self._room_waiters: list[asyncio.Future[None]] = []
         self._keeper_timer: asyncio.TimerHandle | None = None
         self._store: Store | None = None
+        self._parking: Parking | None = None
         self._spill_timer: asyncio.TimerHandle | None = None
         self._stored: asyncio.Event = asyncio.Event()
 
@@ -222,6 +224,8 @@ class EdgeHub(Module):
         await asyncio.wait([self._runner])
         self._announcer.cancel()
         self._lanes.stop()
+        if self._parking is not None:
+            self._parking.stop()
         if self._store is not None:
             store, self._store = self._store, None
             await asyncio.to_thread(store.stop)
@@ -355,7 +359,18 @@ class EdgeHub(Module):
         )
         for kind, extent in zip(Class, store.extents(), strict=True):
             self._outbox.restore(kind, extent.first, extent.last, extent.messages, extent.bytes)
+        self._parking = Parking(
+            store,
+            self.tasks,
+            ParkingLimits(config.parked_messages, config.parked_bytes, config.owner_refusals),
+            deliver=self._deliver_parked,
+            presence=self.bus.presence,
+            parked=self._on_parked,
+            is_full=self._on_parking_full,
+            wall_ms=lambda: time.time_ns() // 1_000_000,
+        )
         store.start()
+        self._parking.start()
         if self._outbox.stored_messages:
             log.info("outbox taken up messages=%d bytes=%d", self._outbox.stored_messages, self._outbox.stored_bytes)
         self.load()
@@ -465,6 +480,13 @@ class EdgeHub(Module):
         if gone and self._store is not None:
             self._counts["dropped"] += gone
             self._store.note_many(Class.DATA, "outbox-damaged", gone)
+        if self._parking is not None:
+            objects, not_parked = self._parking.damaged()
+            self._counts["objects_dropped"] += objects
+            if objects:
+                log.error("parked objects that only the damaged file held: %d", objects)
+            for message in not_parked:
+                self._received.refused(message.id)  # the cloud's next repeat is a new try
         self._spill()
 
     def load(self) -> None:
@@ -608,6 +630,9 @@ class EdgeHub(Module):
                 message.resource,
             )
             return
+        if self._parking is not None and cloud.wants_ack(message) and self._parking.holds(owner):
+            self._parking.put(owner, message)  # behind those that came before it
+            return
         self._lanes.put(owner, message, len(payload))
 
     def _prove(self) -> None:
@@ -629,12 +654,31 @@ class EdgeHub(Module):
         )
 
     def _settled_down(self, message: Message, refusal: str | None) -> None:
+        owner, parking = destination(message), self._parking
+        is_object = owner is not None and cloud.wants_ack(message)
         if refusal is None:
             self._counts["delivered"] += 1
+            if is_object and owner is not None and parking is not None:
+                parking.known(owner)
             self._finish_down(message)
             return
+        if is_object and owner is not None and parking is not None and refusal in NOBODY:
+            parking.put(owner, message)
+            return
         self._counts["refused_down"] += 1
-        self._received.refused(message.id)
+        refusals = self._received.refused(message.id, by_owner=is_object and refusal not in NOT_THE_OWNER)
+        if refusals >= self._config.owner_refusals and owner is not None and parking is not None:
+            self._received.in_hand(message.id)
+            parking.give_up(owner, message, partial(self._finish_down, message))
+            self._warn(
+                REFUSED_BY_OWNER,
+                "gave up an object that its owner refused times=%d reason=%s resource=%s id=%s",
+                refusals,
+                refusal,
+                message.resource,
+                message.id,
+            )
+            return
         self._warn(
             "refused down",
             "a message of the cloud was not handled, no ACK goes up reason=%s group=%s resource=%s id=%s",
@@ -642,6 +686,35 @@ class EdgeHub(Module):
             message.group,
             message.resource,
             message.id,
+        )
+
+    async def _deliver_parked(self, owner: str, message: Message) -> str | None:
+        """Hand a parked object to its owner; the refusal, None when it was handled."""
+        try:
+            receipt = await self.bus.send(owner, message, priority=Priority.SIGNAL)
+            await receipt
+        except MessageTooLarge:
+            return TOO_LARGE
+        except Refused as refused:
+            return refused.reason
+        except UsageError:
+            return INVALID
+        except NotHandled:
+            return GONE
+        self._counts["delivered"] += 1
+        return None
+
+    def _on_parked(self, message: Message) -> None:
+        log.info("parked: no module on this node has its group group=%s resource=%s", message.group, message.resource)
+        self._finish_down(message)
+
+    def _on_parking_full(self, message: Message) -> None:
+        self._counts["parking_full"] += 1
+        self._received.refused(message.id)
+        self._warn(
+            "parking full",
+            "no room to park an object, no ACK goes up resource=%s (runtime.edgehub.parkedMessages, parkedBytes)",
+            message.resource,
         )
 
     def _finish_down(self, message: Message) -> None:
@@ -686,6 +759,7 @@ class EdgeHub(Module):
             "stored_bytes": self._outbox.stored_bytes,
             "store_failing": self._store.failing if self._store is not None else None,
             "dropped": self._counts["dropped"],
+            "parked": self._parking.by_owner() if self._parking is not None else {},
             "rtt_ms": None if window is None or window.rtt_seconds is None else round(window.rtt_seconds * 1000, 3),
             "window_bytes": None if window is None else window.size_bytes,
         }
@@ -710,6 +784,10 @@ class EdgeHub(Module):
         counts["stored_bytes"] = self._outbox.stored_bytes
         counts["store_bytes_written"] = self._store.bytes_written if self._store is not None else 0
         counts["store_failing"] = int(self._store is not None and self._store.failing is not None)
+        counts["parked"] = self._parking.messages if self._parking is not None else 0
+        counts["parked_bytes"] = self._parking.bytes if self._parking is not None else 0
+        counts["unparked"] = self._parking.handed_over if self._parking is not None else 0
+        counts["refused_by_owner"] = self._parking.given_up if self._parking is not None else 0
         counts["requests_open"] = len(self._keeper)
         counts["downstream_held"] = self._lanes.held_messages
         counts["rtt_us"] = int((window.rtt_seconds or 0.0) * 1e6) if window is not None else 0
@@ -743,6 +821,8 @@ _COUNTERS: Final = (
     "spilled",
     "dropped",
     "outbox_damaged",
+    "parking_full",
+    "objects_dropped",
 )
 
 

@@ -6,6 +6,8 @@ are queued, everything queued is done in one transaction, and answers come back 
 A row is what CloudHub is to get: the JSON text as it is written. Rows are numbered per class, in the order in
 which they were accepted, and are deleted from the front when the cloud has them. What is dropped after it was
 accepted (age, size) is written to the ledger in the transaction that drops it.
+
+Beside them lie the parked objects of `modules.edgehub.parking`: what the cloud sent, and no module here owns yet.
 """
 
 from __future__ import annotations
@@ -18,13 +20,18 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 log = logging.getLogger("modules.edgehub.store")
 
-SCHEMA: Final = 1
-"PRAGMA user_version. A later schema only adds, so that this version can read it."
+T = TypeVar("T")
+
+SCHEMA: Final = 2
+"PRAGMA user_version. A later schema only adds, so that an earlier version can read it. 2 added `parked`."
+OBJECT: Final = "object"
+"Stands for the class in the ledger: not an upload, but an object that the cloud sent."
 CLASSES: Final = ("signal", "data")
 "Table names by the number of `modules.edgehub.outbox.Class`."
 EXAMPLES: Final = 100
@@ -50,6 +57,11 @@ CREATE TABLE IF NOT EXISTS dropped (reason TEXT, class TEXT, messages INTEGER NO
     PRIMARY KEY (reason, class)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS example (number INTEGER PRIMARY KEY AUTOINCREMENT, at_ms INTEGER NOT NULL,
     reason TEXT NOT NULL, class TEXT NOT NULL, sender TEXT NOT NULL, head BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS parked (number INTEGER PRIMARY KEY AUTOINCREMENT, owner TEXT NOT NULL, key TEXT NOT NULL,
+    is_new INTEGER NOT NULL, size INTEGER NOT NULL, payload BLOB NOT NULL);
+CREATE UNIQUE INDEX IF NOT EXISTS parked_key ON parked (owner, key);
+CREATE INDEX IF NOT EXISTS parked_size ON parked (owner, size);
+CREATE TABLE IF NOT EXISTS owner (name TEXT PRIMARY KEY) WITHOUT ROWID;
 """
 _HEAD_BYTES: Final = 512
 
@@ -81,6 +93,14 @@ class Dropped(NamedTuple):
     bytes: int
 
 
+class Parked(NamedTuple):
+    """An object that waits for its owner."""
+
+    number: int
+    owner: str
+    payload: bytes
+
+
 class OutboxFile:
     """The file. Every method is one transaction, or part of the one that `begin` opened.
 
@@ -110,7 +130,7 @@ class OutboxFile:
         run(f"PRAGMA journal_size_limit={WAL_LIMIT_BYTES}")
         run("PRAGMA cache_size=-512")
         version = run("PRAGMA user_version").fetchone()[0]
-        if version == 0:
+        if version < SCHEMA:
             with self.transaction():
                 for name in CLASSES:
                     run(_TABLES.format(name=name))
@@ -139,11 +159,11 @@ class OutboxFile:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self._db.execute("COMMIT")
         except BaseException:
             with contextlib.suppress(sqlite3.Error):
                 self._db.execute("ROLLBACK")
             raise
-        self._db.execute("COMMIT")
 
     def shrink(self) -> None:
         """Give the pages of a backlog that is gone back to the file system."""
@@ -222,20 +242,26 @@ class OutboxFile:
 
     def note(self, kind: int, reason: str, messages: int, size: int) -> None:
         """Count what was dropped."""
+        self._note(CLASSES[kind], reason, messages, size)
+
+    def _note(self, kind: str, reason: str, messages: int, size: int) -> None:
         self._db.execute(
             "INSERT INTO dropped VALUES (?, ?, ?, ?) ON CONFLICT (reason, class) DO UPDATE SET "
             "messages = messages + excluded.messages, bytes = bytes + excluded.bytes",
-            (reason, CLASSES[kind], messages, size),
+            (reason, kind, messages, size),
         )
 
     def note_one(self, kind: int, reason: str, sender: str, payload: bytes, at_ms: int) -> None:
         """Count one message that never was a row, and keep its beginning."""
+        self._note_one(CLASSES[kind], reason, sender, payload, at_ms)
+
+    def _note_one(self, kind: str, reason: str, sender: str, payload: bytes, at_ms: int) -> None:
         self._db.execute(
             "INSERT INTO example (at_ms, reason, class, sender, head) VALUES (?, ?, ?, ?, ?)",
-            (at_ms, reason, CLASSES[kind], sender, payload[:_HEAD_BYTES]),
+            (at_ms, reason, kind, sender, payload[:_HEAD_BYTES]),
         )
         self._db.execute("DELETE FROM example WHERE number <= (SELECT max(number) FROM example) - ?", (EXAMPLES,))
-        self.note(kind, reason, 1, len(payload))
+        self._note(kind, reason, 1, len(payload))
 
     def last_older_than(self, kind: int, seconds: float, now: float) -> int | None:
         """Number of the last row that is older than `seconds`, or None. Rows are in the order of their ages."""
@@ -270,6 +296,83 @@ class OutboxFile:
                 break
         cursor.close()
         return last
+
+    # --- parked objects ------------------------------------------------------------------------------
+
+    def park(
+        self,
+        owner: str,
+        key: str,
+        payload: bytes,
+        *,
+        is_insert: bool,
+        is_delete: bool,
+        max_messages: int,
+        max_bytes: int,
+    ) -> bool:
+        """Keep an object for `owner`, the last one under each `key`, behind all others. False: there is no room.
+
+        A delete takes the object's place. Of an object that the owner cannot know (its insert is parked too, or the
+        owner never had any) it leaves nothing.
+        """
+        run = self._db.execute
+        old = run("SELECT number, is_new, size FROM parked WHERE owner = ? AND key = ?", (owner, key)).fetchone()
+        is_new = bool(old[1]) if old is not None else is_insert or not self.is_known_owner(owner)
+        if is_delete and is_new:
+            run("DELETE FROM parked WHERE owner = ? AND key = ?", (owner, key))
+            return True
+        messages, size = self.parked_of()
+        if old is not None:
+            messages, size = messages - 1, size - old[2]
+        if messages >= max_messages or size + len(payload) > max_bytes:
+            return False
+        if old is not None:
+            run("DELETE FROM parked WHERE number = ?", (old[0],))
+        run(
+            "INSERT INTO parked (owner, key, is_new, size, payload) VALUES (?, ?, ?, ?, ?)",
+            (owner, key, is_new, len(payload), payload),
+        )
+        return True
+
+    def first_parked(self, owner: str) -> Parked | None:
+        row = self._db.execute(
+            "SELECT number, owner, payload FROM parked WHERE owner = ? ORDER BY number LIMIT 1", (owner,)
+        ).fetchone()
+        return None if row is None else Parked(row[0], row[1], bytes(row[2]))
+
+    def unpark(self, number: int) -> None:
+        """Its owner has handled it. Numbers are never used again: a newer version of the object stays."""
+        self._db.execute("DELETE FROM parked WHERE number = ?", (number,))
+
+    def parked(self) -> dict[str, tuple[int, int]]:
+        """By owner: how many objects, how many bytes."""
+        rows = self._db.execute("SELECT owner, count(*), sum(size) FROM parked GROUP BY owner")
+        return {owner: (messages, size) for owner, messages, size in rows}
+
+    def parked_of(self) -> tuple[int, int]:
+        messages, size = self._db.execute("SELECT count(*), total(size) FROM parked").fetchone()
+        return messages, int(size)
+
+    def know_owner(self, owner: str) -> None:
+        """From now on `owner` may have objects, so that deletes concern it."""
+        self._db.execute("INSERT OR IGNORE INTO owner VALUES (?)", (owner,))
+        self._db.execute("UPDATE parked SET is_new = 0 WHERE owner = ?", (owner,))
+
+    def is_known_owner(self, owner: str) -> bool:
+        return self._db.execute("SELECT 1 FROM owner WHERE name = ?", (owner,)).fetchone() is not None
+
+    def known_owners(self) -> set[str]:
+        return {name for (name,) in self._db.execute("SELECT name FROM owner")}
+
+    def note_object(self, reason: str, owner: str, payload: bytes, at_ms: int) -> None:
+        """An object that was acknowledged, or is to be, and that nobody will have."""
+        self._note_one(OBJECT, reason, owner, payload, at_ms)
+
+    def note_objects(self, reason: str, messages: int) -> None:
+        """The same of objects of which nothing else is known."""
+        self._note(OBJECT, reason, messages, 0)
+
+    # --- the ledger ------------------------------------------------------------------------------------
 
     def ledger(self) -> dict[str, Any]:
         """What was dropped after acceptance: counts for ever, the last examples."""
@@ -323,9 +426,10 @@ class _Orders:
     read: deque[tuple[int, int, Callable[[list[Row]], None]]] = field(default_factory=deque)
     drop: list[tuple[int, int | None, float | None, str, Callable[[Dropped, int], None]]] = field(default_factory=list)
     note: list[tuple[int, str, str | int, bytes]] = field(default_factory=list)
+    work: list[tuple[Callable[[OutboxFile], Any], Callable[[Any], None]]] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.add or self.delete or self.read or self.drop or self.note)
+        return bool(self.add or self.delete or self.read or self.drop or self.note or self.work)
 
 
 class Store:
@@ -378,8 +482,12 @@ class Store:
     def _begin_anew(self, fault: sqlite3.DatabaseError) -> OutboxFile:
         aside = set_aside(self._path)
         log.error("the outbox file is damaged, set aside as %s, a new one is begun: %s", aside, fault)
+        file = OutboxFile(self._path, boot_id=self._boot_id, now=self._clock())
+        with self._condition:
+            # What was ordered spoke of the old file. Forgotten before anybody is told, who then orders anew.
+            self._orders = _Orders(note=self._orders.note)
         self._call_back(lambda: self._on_damage(str(aside)))
-        return OutboxFile(self._path, boot_id=self._boot_id, now=self._clock())
+        return file
 
     def extents(self) -> list[Extent]:
         """What the file holds, per class. Before `start` only."""
@@ -391,6 +499,10 @@ class Store:
             self._file.close()
             self._file = self._begin_anew(fault)
             return [self._file.extent(kind) for kind in range(len(CLASSES))]
+
+    def parked(self) -> tuple[dict[str, tuple[int, int]], set[str]]:
+        """By owner: how many objects are parked, how many bytes; and who is known. Before `start`, after `extents`."""
+        return self._file.parked(), self._file.known_owners()
 
     def start(self) -> None:
         self._thread.start()
@@ -445,6 +557,15 @@ class Store:
             self._orders.note.append((kind, reason, sender, payload))
             self._condition.notify()
 
+    def do(self, work: Callable[[OutboxFile], T], done: Callable[[T], None]) -> None:
+        """Have `work(file)` done in the next transaction, in the thread; `done` with its result once it is committed.
+
+        It may be called again when the commit failed. When the file was damaged it is forgotten.
+        """
+        with self._condition:
+            self._orders.work.append((work, done))
+            self._condition.notify()
+
     # --- the thread itself ---------------------------------------------------------------------------
 
     def _work(self) -> None:
@@ -470,7 +591,7 @@ class Store:
         answers: list[Callable[[], None]] = []
         file = self._file
         now = self._clock()
-        if orders.add or orders.delete or orders.drop or orders.note:
+        if orders.add or orders.delete or orders.drop or orders.note or orders.work:
             with file.transaction():
                 for kind, rows, done in orders.add:
                     file.add(kind, rows, now)
@@ -491,16 +612,18 @@ class Store:
                         file.note(kind, reason, sender, 0)
                     else:
                         file.note_one(kind, reason, sender, payload, self._wall_ms())
+                for work, told in orders.work:
+                    answers.append(partial(told, work(file)))
             self.commits += 1
             self.bytes_written += sum(len(row.payload) for _, rows, _ in orders.add for row in rows)
-            orders.add, orders.delete, orders.drop, orders.note = [], {}, [], []
+            orders.add, orders.delete, orders.drop, orders.note, orders.work = [], {}, [], [], []
+            for answer in answers:
+                self._call_back(answer)
         while orders.read:
             kind, after, loaded = orders.read[0]
             rows = file.read(kind, after, max_messages=self._read_messages, max_bytes=self._read_bytes)
             orders.read.popleft()
-            answers.append(lambda done=loaded, rows=rows: done(rows))  # type: ignore[misc]
-        for answer in answers:
-            self._call_back(answer)
+            self._call_back(partial(loaded, rows))
 
     def _failed(self, orders: _Orders, fault: sqlite3.Error, stopping: bool) -> None:
         """Nothing of the transaction was done. Put it back in front; a damaged file is begun anew."""
@@ -511,10 +634,8 @@ class Store:
             except (sqlite3.Error, OSError) as again:
                 fault = sqlite3.OperationalError(str(again))
             else:
-                # Everything ordered spoke of the old file; whoever ordered it is told by `on_damage`.
                 with self._condition:
-                    orders.note += self._orders.note
-                    self._orders = _Orders(note=orders.note)
+                    self._orders.note = orders.note + self._orders.note
                 return
         if isinstance(fault, sqlite3.OperationalError) and self.failing is None:
             log.error("the outbox cannot be written, trying again every %s s: %s", RETRY_SECONDS, fault)
@@ -529,5 +650,6 @@ class Store:
             orders.read += later.read
             orders.drop += later.drop
             orders.note += later.note
+            orders.work += later.work
             self._orders = orders
             self._condition.wait(RETRY_SECONDS)

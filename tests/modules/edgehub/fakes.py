@@ -12,6 +12,7 @@ from typing import Any
 from modules.edgehub.config import EdgeHubConfig, Endpoint
 from modules.edgehub.hub import EdgeHub
 from modules.edgehub.link import Link, LinkEvent, LinkLost, Passed, Received, make_link
+from runtime.client import Presence
 from runtime.emp import Priority
 from runtime.errors import Refused
 from runtime.message import Delivery, Message, current_handling, from_cloud_json, to_cloud_json
@@ -114,6 +115,7 @@ class FakeBus:
         self.slow: set[str] = set()
         self.refusing: dict[str, str] = {}
         self.respond_fault: Exception | None = None
+        self.who_comes: asyncio.Queue[Presence] = asyncio.Queue()
 
     async def send(
         self, to: str, message: Message, *, priority: Priority = Priority.DATA, ttl: float | None = None
@@ -137,6 +139,14 @@ class FakeBus:
         receipt = FakeReceipt()
         receipt.settle()
         return receipt
+
+    async def presence(self) -> AsyncIterator[Presence]:
+        while True:
+            yield await self.who_comes.get()
+
+    def attach(self, name: str) -> None:
+        """Tell who watches that a module has come."""
+        self.who_comes.put_nowait(Presence(name, "attached", 1))
 
     def sent_to(self, to: str) -> list[Message]:
         return [sent.message for sent in self.sent if sent.to == to]
