@@ -21,7 +21,7 @@ MOSQUITTO := $(shell PATH="$$PATH:/usr/sbin:/usr/local/sbin" command -v mosquitt
 MQTT_BROKER := $(if $(MOSQUITTO),,amqtt)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv amqtt demo up down status test lint types soak bench bench-peers clean
+.PHONY: help venv amqtt demo up down status test lint types soak chaos bench bench-peers clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -84,6 +84,9 @@ types: $(VENV)/.stamp-dev ## mypy --strict
 
 soak: $(VENV)/.stamp-dev ## Random schedules against the bus's cores, without end or as ARGS says
 	@$(PY) -m tests.soak $(ARGS)
+
+chaos: $(VENV)/.stamp-dev ## Break a loaded node in every way, count what is lost (25 min); ARGS="--json FILE"
+	@$(PY) -m chaos $(ARGS)
 
 bench: $(VENV)/.stamp-dev ## Speed and memory beside the peers; ARGS="--json FILE"
 	@$(PY) -m bench $(ARGS)

@@ -123,7 +123,7 @@ class Disk:
                 path.chmod(0o600)
 
     def _names(self, directory: str) -> dict[str, _Entry]:
-        synced = self.shadow / "names" / directory.replace("/", "\1")
+        synced = self.shadow / "names" / ("@" + directory.replace("/", "\1"))
         if not synced.exists():
             return self._base.get(directory, {})
         names = {}

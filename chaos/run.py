@@ -10,9 +10,9 @@ from random import Random
 from typing import Any, Final
 
 from chaos.account import Counts, Flow
-from chaos.harms import PAIR_CARRIERS, Cell, Scene
+from chaos.harms import EVERYTHING, PAIR_CARRIERS, Cell, Scene
 from chaos.load import Load
-from chaos.rig import Rig
+from chaos.rig import PROGRAMS, Rig
 
 TICK_SECONDS: Final = 0.01
 AFTER_SECONDS: Final = 5.0
@@ -92,7 +92,7 @@ def run_cell(cell: Cell, rig: Rig, load: Load, rates: tuple[float, float], chanc
         rig.link.order("stall")
         pause(harm.offline_seconds)
     killed_at = time.monotonic()
-    old_pid = rig.pid(cell.victim) if cell.victim == "watchdog" else 0
+    old_pids = _pids_to_be_replaced(cell, rig)
     harm.begin(scene)
     if harm.is_kill:
         load.watch(killed_at)
@@ -105,11 +105,16 @@ def run_cell(cell: Cell, rig: Rig, load: Load, rates: tuple[float, float], chanc
         since = over_at
         load.watch(over_at)
 
+    is_replaced = False
+
     def recovered_at() -> float | None:
-        if not rig.is_whole():
+        nonlocal is_replaced
+        if not rig.is_whole() or any(rig.pid(name) in (0, pid) for name, pid in old_pids.items()):
             return None
-        if old_pid and harm.is_kill and rig.pid("watchdog") == old_pid:
-            return None
+        if not is_replaced:
+            is_replaced = True
+            if harm.name == "SIGTERM":
+                load.first.clear()  # what the old process did while it drained does not count
         where = "keeper" if cell.victim in ("keeper", "maker") else "cloud"
         return load.first.get((where, harm.is_kill))
 
@@ -133,7 +138,7 @@ def run_cell(cell: Cell, rig: Rig, load: Load, rates: tuple[float, float], chanc
         result.notes.append(f"no message came through within {RECOVERY_LIMIT_SECONDS:.0f} s")
     else:
         # A watchdog carries no messages: it is back when it holds its lock.
-        result.recovery_s = (whole_at if old_pid and whole_at else recovered) - since
+        result.recovery_s = (whole_at if cell.victim == "watchdog" and whole_at and harm.is_kill else recovered) - since
     until = (recovered or end_of_load) + pace.after_seconds
     load.set_rates(0.0, 0.0, others=False)
     settled_at: float | None = None
@@ -162,6 +167,16 @@ def run_cell(cell: Cell, rig: Rig, load: Load, rates: tuple[float, float], chanc
     result.ran = True
     result.seconds = time.monotonic() - started
     return result
+
+
+def _pids_to_be_replaced(cell: Cell, rig: Rig) -> dict[str, int]:
+    """The processes that a kill ends; empty for other harms."""
+    if not cell.harm.is_kill or cell.victim in ("link", "mqtt-link"):
+        return {}
+    names: tuple[str, ...] = (cell.victim,)
+    if cell.victim in ("supervisord", EVERYTHING):
+        names = ("supervisord", *PROGRAMS)
+    return {name: rig.pid(name) for name in names}
 
 
 def work(rig: Rig, load: Load, is_over: Callable[[], bool], seconds: float) -> None:

@@ -244,7 +244,7 @@ static void keep_directory(int fd)
     FILE *out;
     int saved = errno;
     if (!*shadow || !ours(fd, S_IFDIR, path)) goto done;
-    snprintf(target, sizeof target, "%s/names/%s", shadow, path[root_length] ? path + root_length + 1 : ".");
+    snprintf(target, sizeof target, "%s/names/@%s", shadow, path[root_length] ? path + root_length + 1 : ".");
     for (at = target + strlen(shadow) + 7; *at; at++)
         if (*at == '/') *at = '\1';
     snprintf(scratch, sizeof scratch, "%s.%ld", target, (long)syscall(SYS_gettid));
