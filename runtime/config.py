@@ -149,8 +149,8 @@ class BrokerSection(Section, frozen=True):
     "Unsettled messages per lane."
     window_bytes: Bytes = 8 * 2**20
     "Unsettled bytes per lane. An empty lane always admits one message."
-    batch_messages: Annotated[int, Meta(ge=1, le=MAX_BATCH_MESSAGES)] = 128
-    batch_bytes: Bytes = 64 * 1024
+    batch_messages: Annotated[int, Meta(ge=1, le=MAX_BATCH_MESSAGES)] = 512
+    batch_bytes: Bytes = 256 * 1024
     heartbeat_seconds: Seconds = 5.0
     "A module PINGs at least this often."
     absent_limit_seconds: Seconds = 60.0
@@ -183,6 +183,16 @@ class EdgeHubExtras(Section, frozen=True):
     "Seconds without the cloud's confirmation after which a message is stored (four round trips, if that is longer)."
     window_bytes_max: Annotated[int, Meta(ge=16_384, le=2**40)] = 8 * 2**20
     "At most so many bytes are written and not yet confirmed by a pong."
+    signal_qps: Annotated[float, Meta(ge=0)] = 0.0
+    "Signals per second (answers, ACKs, twin and node traffic); 0: no limit. `messageQPS` holds for data only."
+    signal_burst: Annotated[int, Meta(ge=0)] = 0
+    "Signals at once; 0: as many as in a second."
+    ramp_after: Annotated[float, Meta(ge=0)] = 5.0
+    "After an outage of so many seconds the backlog of uploads goes up slowly at first."
+    ramp_start_rate: Annotated[float, Meta(ge=1)] = 200.0
+    "Uploads per second at the beginning of that ramp; doubles every second."
+    ramp_seconds: Annotated[float, Meta(ge=0, le=3600)] = 10.0
+    "How long the ramp limits; 0: no ramp."
     greeting_seconds: Seconds = 5.0
     "Time for CloudHub's first answer."
     request_seconds: Seconds = 60.0
@@ -244,6 +254,16 @@ class WatchdogSection(Section, frozen=True):
     "… within so many seconds are a restart storm: a warning in the log and in `edgezmq status`."
 
 
+class MetricsSection(Section, frozen=True):
+    """`runtime.metrics`: Prometheus text on http://ADDRESS:PORT/metrics, served by the watchdog."""
+
+    enable: bool = True
+    address: str = "127.0.0.1"
+    "Loopback: who may open the port sees names and counts, and no content."
+    port: Annotated[int, Meta(ge=0, le=65_535)] = 9477
+    "0: any free one; run/metrics.json and log/watchdog.log say which."
+
+
 class LogSection(Section, frozen=True):
     """`runtime.log`"""
 
@@ -261,6 +281,7 @@ class RuntimeSection(Section, frozen=True):
     edgehub: EdgeHubExtras = EdgeHubExtras()
     eventbus: EventBusExtras = EventBusExtras()
     watchdog: WatchdogSection = WatchdogSection()
+    metrics: MetricsSection = MetricsSection()
     log: LogSection = LogSection()
 
 

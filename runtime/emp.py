@@ -130,8 +130,8 @@ class Limits(msgspec.Struct, array_like=True, frozen=True, gc=False):
     "Unsettled messages per lane."
     window_bytes: Positive = 8 * 2**20
     "Unsettled bytes per lane. An empty lane always admits one message."
-    batch_messages: Annotated[int, Meta(ge=1, le=MAX_BATCH_MESSAGES)] = 128
-    batch_bytes: Positive = 64 * 1024
+    batch_messages: Annotated[int, Meta(ge=1, le=MAX_BATCH_MESSAGES)] = 512
+    batch_bytes: Positive = 256 * 1024
     "A batch is closed when it has this many; one message alone may be larger."
 
 

@@ -11,11 +11,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
-from typing import Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from modules.eventbus.backoff import Backoff
 from modules.eventbus.config import SECTION, Server, TlsFiles
@@ -31,6 +30,9 @@ with absent("urllib.request"):
     from paho.mqtt.properties import Properties
     from paho.mqtt.reasoncodes import ReasonCode
     from paho.mqtt.subscribeoptions import SubscribeOptions
+
+if TYPE_CHECKING:
+    import ssl
 
 log = logging.getLogger("modules.eventbus")
 
@@ -193,7 +195,7 @@ class MqttConnection:
             started = asyncio.get_running_loop().time()
             try:
                 reason = await self._serve_once()
-            except (OSError, TimeoutError, ssl.SSLError, ConfigError) as fault:
+            except (OSError, TimeoutError, ConfigError) as fault:  # ssl.SSLError is an OSError
                 reason = f"{type(fault).__name__}: {fault}" if str(fault) else type(fault).__name__
             if self._stopping.is_set():
                 return
@@ -555,6 +557,8 @@ def tls_context(files: TlsFiles | None) -> ssl.SSLContext | None:
     """
     if files is None:
         return None
+    import ssl  # here, for it brings OpenSSL, which a connection in clear need not pay for
+
     context = _load(
         "tlsMqttCAFile", files.ca, "a readable PEM file", lambda: ssl.create_default_context(cafile=files.ca or None)
     )
