@@ -7,6 +7,10 @@ anything is started. Keys and defaults are those of KubeEdge (docs/configuration
 
 from __future__ import annotations
 
+import runtime.libraries  # noqa: F401  (first: see there)
+
+# isort: split
+
 import os
 from pathlib import Path
 from typing import Annotated, Literal

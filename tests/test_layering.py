@@ -42,6 +42,7 @@ EDGEHUB_CORES = (
     "config",
     "dispatch",
     "frames",
+    "governor",
     "liveness",
     "outbox",
     "session",

@@ -82,8 +82,18 @@ class EdgeHubConfig:
     "At stop: for the cloud to confirm what was handed over."
 
     message_qps: float = 30.0
-    "Data messages per second; 0: no limit. Signals are never limited."
+    "Data messages per second; 0: no limit."
     message_burst: int = 60
+    signal_qps: float = 0.0
+    "Signals per second; 0: no limit."
+    signal_burst: int = 0
+    "0: as many as in a second."
+    ramp_after_seconds: float = 5.0
+    "After an outage of at least this long the backlog of data goes up on a ramp."
+    ramp_start_rate: float = 200.0
+    "Messages per second at its beginning; doubles every second."
+    ramp_seconds: float = 10.0
+    "How long it lasts; 0: no ramp."
     memory_messages: int = 65_536
     "Waiting or unconfirmed, each class."
     memory_bytes: int = 32 * 2**20
@@ -189,6 +199,11 @@ class EdgeHubConfig:
             retry_cap_seconds=extra.retry_cap_seconds,
             message_qps=float(hub.message_qps),
             message_burst=hub.message_burst,
+            signal_qps=extra.signal_qps,
+            signal_burst=extra.signal_burst,
+            ramp_after_seconds=extra.ramp_after,
+            ramp_start_rate=extra.ramp_start_rate,
+            ramp_seconds=extra.ramp_seconds,
             memory_messages=extra.memory_messages,
             memory_bytes=extra.memory_bytes,
             outbox_messages=extra.outbox_messages,

@@ -14,12 +14,13 @@ from typing import Final, NoReturn, Protocol
 
 from modules.edgehub import cloud
 from modules.edgehub.config import EdgeHubConfig, Endpoint
+from modules.edgehub.governor import Pace
 from modules.edgehub.lanes import Lanes
 from modules.edgehub.link import Link, LinkLost, LinkRefused, Passed, Received
 from modules.edgehub.liveness import Liveness
 from modules.edgehub.outbox import Class, Outbox, Poisoned
 from modules.edgehub.session import Action, Failed, LinkSession, Lost, Opened
-from modules.edgehub.window import ByteWindow, TokenBucket
+from modules.edgehub.window import ByteWindow
 from runtime.message import Message
 
 log = logging.getLogger("modules.edgehub")
@@ -70,7 +71,7 @@ class Connection:
         host: Host,
         session: LinkSession,
         outbox: Outbox[Settles],
-        bucket: TokenBucket,
+        pace: Pace,
         lanes: Lanes,
     ) -> None:
         self._config = config
@@ -78,7 +79,7 @@ class Connection:
         self._host = host
         self._session = session
         self._outbox = outbox
-        self._bucket = bucket
+        self._pace = pace
         self._lanes = lanes
         self._clock: Callable[[], float] = asyncio.get_running_loop().time
         self._window = ByteWindow(config.window_bytes_max)
@@ -192,23 +193,39 @@ class Connection:
         outbox, window = self._outbox, self._window
         now = self._clock()
         payloads: list[bytes] = []
-        max_data = self._bucket.available(now=now) if outbox.has_data else 0
-        if outbox.has_signals or max_data != 0:
+        signals: list[bytes] = []
+        max_signals = self._pace.available(Class.SIGNAL, now=now) if outbox.has_signals else 0
+        max_data = self._pace.available(Class.DATA, now=now) if outbox.has_data else 0
+        if max_signals != 0 or max_data != 0:
             room = window.room(outbox.unconfirmed_bytes)
-            if room > 0 or not outbox.unconfirmed:
-                entries = outbox.take(min(room, _BATCH_BYTES), max_messages=_BATCH_MESSAGES, max_data=max_data, now=now)
+            # Signals need not wait for the pong of what is under way: behind it they are on the wire already. So they
+            # may be a window ahead of it.
+            if room > 0 or not outbox.unconfirmed or (max_signals != 0 and room + window.size_bytes > 0):
+                entries = outbox.take(
+                    min(room, _BATCH_BYTES),
+                    max_messages=_BATCH_MESSAGES,
+                    max_data=max_data,
+                    max_signals=max_signals,
+                    signal_bytes=window.size_bytes,
+                    now=now,
+                )
                 if entries:
-                    payloads = [entry.payload for entry in entries]
+                    signals = [entry.payload for entry in entries if entry.kind is Class.SIGNAL]
+                    payloads = [entry.payload for entry in entries if entry.kind is not Class.SIGNAL]
                     self._host.load()
-                    if self._bucket.is_limited:
-                        self._bucket.take(sum(1 for entry in entries if entry.kind is Class.DATA))
+                    self._pace.take(len(signals), len(payloads))
                 elif room < _BATCH_BYTES:
                     window.filled()
         barrier = None if window.is_barrier_under_way else outbox.barrier()
-        if not payloads and barrier is None:
+        if not payloads and not signals and barrier is None:
             return False
-        self._write(payloads, barrier, now)
-        return bool(payloads)
+        if signals and payloads:
+            # Alone in their TLS record: the receiver can read nothing of a record before it has all of it.
+            self._write(signals, None, now)
+            self._write(payloads, barrier, now)
+        else:
+            self._write(signals or payloads, barrier, now)
+        return bool(signals or payloads)
 
     def _write(self, payloads: list[bytes], barrier: int | None, now: float) -> None:
         self._link.write(payloads, barrier)
@@ -222,11 +239,17 @@ class Connection:
                 self._look.set()
 
     def _pause_for_token(self) -> float | None:
-        """Seconds until messageQPS lets the next data message go; None when it is not what holds them."""
-        if not self._outbox.has_data or not self._session.is_open or self._bucket.available(now=self._clock()) != 0:
+        """Seconds until the pace lets the next message go; None when it is not what holds them."""
+        if not self._session.is_open:
             return None
-        due = self._bucket.next_at()
-        return None if due is None else max(due - self._clock(), 0.001)
+        now = self._clock()
+        dues = []
+        for kind, is_waiting in ((Class.SIGNAL, self._outbox.has_signals), (Class.DATA, self._outbox.has_data)):
+            if is_waiting and self._pace.available(kind, now=now) == 0:
+                due = self._pace.next_at(kind)
+                if due is not None:
+                    dues.append(due)
+        return max(min(dues) - now, 0.001) if dues else None
 
     async def _wait_work(self, seconds: float) -> None:
         try:

@@ -23,6 +23,7 @@ from modules.edgehub.backoff import Backoff
 from modules.edgehub.config import EdgeHubConfig
 from modules.edgehub.connection import Connection, Settles
 from modules.edgehub.dispatch import Received, Seen, destination
+from modules.edgehub.governor import Pace, Ramp
 from modules.edgehub.lanes import Lanes
 from modules.edgehub.link import Link, make_link
 from modules.edgehub.outbox import Class, Outbox, OutboxLimits, Poisoned, StoredRow
@@ -148,6 +149,11 @@ class EdgeHub(Module):
         self._down_since = self._loop.time()
         self._open_store()
         self._bucket = TokenBucket(config.message_qps, config.message_burst)
+        self._pace = Pace(
+            TokenBucket(config.signal_qps, config.signal_burst),
+            self._bucket,
+            Ramp(self._chance, start_rate=config.ramp_start_rate, seconds=config.ramp_seconds),
+        )
         self._wake = asyncio.Event()
         self._drained = asyncio.Event()
         self._announcements: asyncio.Queue[bool] = asyncio.Queue()
@@ -179,9 +185,7 @@ class EdgeHub(Module):
             if self._dial is not None:
                 endpoint, self._dial = self._dial.endpoint, None
                 link = self._factory(self._config)
-                self._connection = Connection(
-                    self._config, link, self, session, self._outbox, self._bucket, self._lanes
-                )
+                self._connection = Connection(self._config, link, self, session, self._outbox, self._pace, self._lanes)
                 try:
                     await self._connection.run(endpoint)
                 finally:
@@ -267,9 +271,16 @@ class EdgeHub(Module):
         self._announcements.put_nowait(is_connected)
         if is_connected:
             level = logging.WARNING if self._session.state is LinkState.UNPROVEN else logging.INFO
+            self._ramp_up()
             log.log(level, "link up state=%s why=%s", self._session.state.value, self._session.why)
             if self._connection is not None:
                 self._connection.wake()
+
+    def _ramp_up(self) -> None:
+        """After an outage the backlog goes up slowly at first: other nodes have theirs too."""
+        now = self._loop.time()
+        if now - self._down_since >= self._config.ramp_after_seconds and self._outbox.waiting(Class.DATA):
+            self._pace.ramp.begin(now=now)
 
     async def _pub_connect_info(self) -> None:
         """KubeEdge's pubConnectInfo(true/false): retained, so that late and restarted modules know it too."""
@@ -461,7 +472,7 @@ class EdgeHub(Module):
         if not what.messages:
             return
         self._outbox.dropped(kind, upto, what.messages, what.bytes)
-        self._counts["dropped"] += what.messages
+        self._count_dropped(what.reason, what.messages)
         self._make_room()
         self._warn(
             "dropped",
@@ -478,7 +489,7 @@ class EdgeHub(Module):
         self._counts["outbox_damaged"] += 1
         log.error("the outbox file was damaged and is kept as %s; messages that only it held: %d", where, gone)
         if gone and self._store is not None:
-            self._counts["dropped"] += gone
+            self._count_dropped("outbox-damaged", gone)
             self._store.note_many(Class.DATA, "outbox-damaged", gone)
         if self._parking is not None:
             objects, not_parked = self._parking.damaged()
@@ -488,6 +499,10 @@ class EdgeHub(Module):
             for message in not_parked:
                 self._received.refused(message.id)  # the cloud's next repeat is a new try
         self._spill()
+
+    def _count_dropped(self, reason: str, messages: int) -> None:
+        self._counts["dropped"] += messages
+        self._counts[f"dropped_{reason}"] += messages
 
     def load(self) -> None:
         """Have stored messages read that will be written next."""
@@ -512,7 +527,7 @@ class EdgeHub(Module):
         if poisoned.token is not None:
             poisoned.token.refuse(FAILED)
         elif self._store is not None:
-            self._counts["dropped"] += 1
+            self._count_dropped("cut-by-cloud", 1)
             self._store.note(poisoned.kind, "cut-by-cloud", poisoned.sender, poisoned.payload)
         self.confirmed(0)
 
@@ -753,6 +768,7 @@ class EdgeHub(Module):
             "next_dial_seconds": None if session.dial_at is None else round(max(0.0, session.dial_at - now), 1),
             "bottleneck": "messageQPS" if is_limited else None,
             "message_qps": self._config.message_qps,
+            "is_ramping": self._pace.ramp.is_active(now=now),
             "unconfirmed": self._outbox.unconfirmed,
             "waiting": self._outbox.waiting(Class.SIGNAL) + self._outbox.waiting(Class.DATA),
             "stored": self._outbox.stored_messages,
@@ -768,6 +784,7 @@ class EdgeHub(Module):
         """Whole numbers for status and metrics; `link_state` is the index of its state in LinkState."""
         window = self._connection.window if self._connection is not None else None
         counts = {name: self._counts[name] for name in _COUNTERS}
+        counts |= {name: count for name, count in self._counts.items() if name.startswith("dropped_")}
         counts["reconnects"] = max(0, counts["connects"] - 1)
         counts["link_state"] = list(LinkState).index(self._session.state)
         counts["link_up"] = int(self._session.is_open)

@@ -191,12 +191,20 @@ class Outbox(Generic[T]):
     # --- out -----------------------------------------------------------------------------------
 
     def take(
-        self, room_bytes: int, *, max_messages: int, max_data: int | None, now: float | None = None
+        self,
+        room_bytes: int,
+        *,
+        max_messages: int,
+        max_data: int | None,
+        max_signals: int | None = None,
+        signal_bytes: int = 0,
+        now: float | None = None,
     ) -> list[Entry[T]]:
         """The next entries to write, signals first: at most `room_bytes` and `max_messages`. `now`: they are written.
 
-        At most `max_data` of them are data (None: no bound of its own). With nothing unconfirmed the first one
-        goes whatever its size. They count as unconfirmed from now on: write them or call `lost`.
+        At most `max_data` of them are data, `max_signals` signals (None: no bound of its own); signals may exceed the
+        room by `signal_bytes`. With nothing unconfirmed the first one goes whatever its size. They count as
+        unconfirmed from now on: write them or call `lost`.
         """
         taken: list[Entry[T]] = []
         is_empty = not self._unconfirmed
@@ -204,11 +212,13 @@ class Outbox(Generic[T]):
             if not is_empty:
                 return taken
             return self._take_suspect(now)
-        left = room_bytes
-        for kind in (Class.SIGNAL, Class.DATA):
+        left = room_bytes + signal_bytes
+        for kind, limit in ((Class.SIGNAL, max_signals), (Class.DATA, max_data)):
             most = max_messages - len(taken)
-            if kind is Class.DATA and max_data is not None:
-                most = min(most, max_data)
+            if limit is not None:
+                most = min(most, limit)
+            if kind is Class.DATA:
+                left -= signal_bytes
             queue = self._queues[kind]
             while most > 0:
                 source = self._source(queue)

@@ -39,6 +39,7 @@ class ByteWindow:
         self._bytes = 0  # written since the last barrier
         self._under_way: tuple[float, float, int] | None = None  # barrier sent at, first write, bytes
         self._was_full = False
+        self._passed_at = float("-inf")
 
     @property
     def size_bytes(self) -> int:
@@ -77,7 +78,8 @@ class ByteWindow:
     def barrier_sent(self, *, now: float) -> None:
         """A barrier was written behind everything so far. At most one is under way."""
         assert self._under_way is None, "one barrier at a time"
-        first = now if self._first_write is None else self._first_write
+        # What was written behind the last barrier began to move when that one had passed.
+        first = now if self._first_write is None else max(self._first_write, self._passed_at)
         self._under_way = (now, first, self._bytes)
         self._first_write = None
         self._bytes = 0
@@ -88,6 +90,7 @@ class ByteWindow:
             return
         sent, first, size = self._under_way
         self._under_way = None
+        self._passed_at = now
         rtt = max(now - sent, 0.0)
         self._last_rtt = rtt
         is_nearly_idle = size + self._bytes <= 2 * FLOOR_BYTES
@@ -101,7 +104,8 @@ class ByteWindow:
         if queued_seconds > TARGET_SECONDS:
             shrunk = int(self._size * TARGET_SECONDS / queued_seconds)
             self._size = min(self._max_bytes, max(FLOOR_BYTES, shrunk, self._size // 4))
-        elif self._was_full and queued_seconds < TARGET_SECONDS / 2:
+        elif self._was_full and queued_seconds < TARGET_SECONDS / 2 and size * 4 >= self._size:
+            # A barrier over little would be quick on the slowest link.
             self._size = min(self._max_bytes, self._size * 2)
         self._was_full = False
         if size >= _RATE_SAMPLE_BYTES:
