@@ -14,6 +14,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from modules.eventbus.backoff import Backoff
@@ -33,6 +34,15 @@ with absent("urllib.request"):
 
 if TYPE_CHECKING:
     import ssl
+
+
+class _NeverRaised(Exception):
+    """Stands for ssl's exceptions where ssl was left out."""
+
+
+if getattr(paho, "ssl", None) is None:
+    # paho names two of ssl's exceptions in its `except` clauses, which are looked up whenever a socket would block.
+    paho.ssl = SimpleNamespace(SSLWantReadError=_NeverRaised, SSLWantWriteError=_NeverRaised)  # type: ignore[attr-defined, assignment]
 
 log = logging.getLogger("modules.eventbus")
 
