@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import signal
 import sys
 import time
@@ -16,12 +15,10 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from chaos.places import NODE
+from chaos.places import NODE, TOKEN
 from cloudsim import CloudSim, SimConfig
 from cloudsim.recorder import Recorder
 from cloudsim.wire import CloudMessage
-
-TOKEN = re.compile(rb"[a-z]\.[0-9a-z]+\.\d+\.\d+\.")
 
 
 class WritingRecorder(Recorder):

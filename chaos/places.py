@@ -1,5 +1,9 @@
 """Names that several processes of a chaos run must agree on."""
 
+import re
 from typing import Final
 
 NODE: Final = "chaos-node"
+
+TOKEN: Final = re.compile(rb"[a-z]\.[0-9a-z]+\.\d+\.\d+\.")
+"In the content of every message that is counted: kind, cell, device or generation, number."

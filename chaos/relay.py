@@ -10,13 +10,13 @@ import asyncio
 import contextlib
 import json
 import os
-import re
 import socket
 import sys
 import time
 from collections.abc import Iterator
 
-TOKEN = re.compile(rb"[a-z]\.[0-9a-z]+\.\d+\.\d+\.")
+from chaos.places import TOKEN
+
 _PUBLISH, _PUBACK = 3, 4
 _SLICE_SECONDS = 0.02
 _SMALL_BUFFER = 16384

@@ -63,6 +63,7 @@ modules:
     mqttServerExternal: tcp://127.0.0.1:{mqtt_port}
 runtime:
   modules: {{keeper: {{groups: [meta]}}, maker: {{}}, asker: {{}}, answerer: {{}}}}
+  eventbus: {{keepaliveSeconds: 5}} # a silent MQTT broker is found in seconds, not in a minute
   watchdog: {{brokerSilenceSeconds: 3}}
 """
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from random import Random
 from typing import Any, Final
 
 from chaos.account import Counts, Flow
 from chaos.harms import EVERYTHING, PAIR_CARRIERS, Cell, Scene
 from chaos.load import Load
+from chaos.places import TOKEN
 from chaos.rig import PROGRAMS, Rig
 
 TICK_SECONDS: Final = 0.01
@@ -25,6 +27,10 @@ PATIENCE_SECONDS: Final = 15.0
 DRAIN_LIMIT_SECONDS: Final = 40.0
 WINDOW_SECONDS: Final = 3.0
 "A message that arrived so long before the harm may still have been unconfirmed."
+
+
+_OUTBOX_TABLES: Final = ("signal", "data")
+"Of modules.edgehub.store."
 
 
 @dataclass(frozen=True)
@@ -199,8 +205,8 @@ def _count(result: Result, rig: Rig, load: Load, harm_at: float, over_at: float,
         "objects": load.objects,
         "commands": load.commands,
     }
-    missing = {key for name, flow in flows.items() if name != "commands" for key in flow.missing()}
-    stored = find_stored(rig, missing) if missing else set()
+    through_edge = (load.uploads, load.answers, load.made)
+    stored = find_stored(rig) if any(flow.missing() for flow in through_edge) else set()
     for name, flow in flows.items():
         through_mqtt = name in ("uploads", "answers")
         result.flows[name] = flow.counts(
@@ -220,14 +226,22 @@ def _count(result: Result, rig: Rig, load: Load, harm_at: float, over_at: float,
     result.refused = dict(load.refusals)
 
 
-def find_stored(rig: Rig, keys: set[str]) -> set[str]:
-    """Which of the tokens are in a file of the node or of mosquitto: it is stored, and will go when it can."""
+def find_stored(rig: Rig) -> set[str]:
+    """Tokens that the outbox or mosquitto's database holds: they will go when they can.
+
+    The outbox is asked as a database: what it has let go may still stand in a free page of its file.
+    """
     texts: list[bytes] = []
-    for directory in (rig.home.data, rig.disk.root / "mqtt"):
-        for path in sorted(Path(directory).rglob("*")):
-            if path.is_file():
-                texts.append(path.read_bytes())
-    return {key for key in keys if any(key.encode() in text for text in texts)}
+    for path in rig.home.data.glob("*.db"):
+        with (
+            contextlib.suppress(sqlite3.Error),
+            contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=2.0)) as database,
+        ):
+            for table in _OUTBOX_TABLES:
+                texts += [payload for (payload,) in database.execute(f"SELECT payload FROM {table}")]
+    texts += [path.read_bytes() for path in (rig.disk.root / "mqtt").glob("*.db")]
+    found = {token.decode() for text in texts for token in TOKEN.findall(text)}
+    return found | {token[4:-1] for token in found if token.startswith("m.x.")}
 
 
 # --- capacity ---------------------------------------------------------------------------------------------
