@@ -6,6 +6,10 @@ No HELLO is said and no name is taken: who asks is no module. Headers are packed
 
 from __future__ import annotations
 
+import runtime.libraries  # noqa: F401  (first: see there)
+
+# isort: split
+
 import time
 from collections.abc import Iterator
 from types import TracebackType

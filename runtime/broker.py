@@ -8,6 +8,10 @@ peer that floods gets its share of a turn and no more.
 
 from __future__ import annotations
 
+import runtime.libraries  # noqa: F401  (first: see there)
+
+# isort: split
+
 import contextlib
 import faulthandler
 import gc

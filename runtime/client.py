@@ -10,6 +10,10 @@ the loop is idle.
 
 from __future__ import annotations
 
+import runtime.libraries  # noqa: F401  (first: see there)
+
+# isort: split
+
 import asyncio
 import contextlib
 import logging

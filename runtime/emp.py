@@ -7,6 +7,10 @@ trailing fields it does not know, and allocates in proportion to the bytes that 
 
 from __future__ import annotations
 
+import runtime.libraries  # noqa: F401  (first: see there)
+
+# isort: split
+
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import Annotated, Any, Final, TypeVar

@@ -12,6 +12,10 @@ in the order of the fields below (docs/emp.md, The message); towards CloudHub it
 
 from __future__ import annotations
 
+import runtime.libraries  # noqa: F401  (first: see there)
+
+# isort: split
+
 import base64
 import itertools
 import os
