@@ -1,6 +1,6 @@
 """Where a node keeps its files: everything under EDGEZMQ_HOME, nothing outside it.
 
-    run/   bus.sock, node.json, <name>.lock, supervisor.sock, supervisord.pid, watchdog.json
+    run/   bus.sock, node.json, <name>.lock, supervisor.sock, supervisord.pid, watchdog.json, metrics.json
     log/   <name>.log
     data/  each module's own files
     pki/   CA, certificate and key, where we make them
@@ -81,6 +81,11 @@ class Home:
     def watchdog_json(self) -> Path:
         """What the watchdog has counted, for `edgezmq status`."""
         return self.run / "watchdog.json"
+
+    @property
+    def metrics_json(self) -> Path:
+        """Where the watchdog serves `/metrics`: address and port."""
+        return self.run / "metrics.json"
 
     def lock(self, name: str) -> Path:
         return self.run / f"{name}.lock"

@@ -314,6 +314,7 @@ class _Module:
         "in_flight_bytes",
         "interrupted",
         "latency",
+        "latency_sum",
         "name",
         "outlets",
         "pumping",
@@ -354,6 +355,7 @@ class _Module:
         self.redelivered = 0
         self.refused: dict[str, int] = {}
         self.latency = [0] * (len(LATENCY_BOUNDS_SECONDS) + 1)
+        self.latency_sum = 0.0
 
 
 def _has_batches(incarnation: _Incarnation) -> bool:
@@ -1239,6 +1241,7 @@ class RoutingCore:
         count = batch.last - batch.from_ + 1
         module.held_messages -= count
         waited = self._now - batch.arrived
+        module.latency_sum += waited * count
         for place, bound in enumerate(LATENCY_BOUNDS_SECONDS):
             if waited <= bound:
                 module.latency[place] += count
@@ -1592,6 +1595,7 @@ class RoutingCore:
             "suspects": len(module.suspects),
             "oldest_age_ms": int((now - oldest) * 1000) if oldest is not None else 0,
             "latency": dict(zip((*map(str, LATENCY_BOUNDS_SECONDS), "inf"), module.latency, strict=True)),
+            "latency_sum_s": round(module.latency_sum, 6),
             "last_heard_ms": int((now - holder.last_heard) * 1000) if holder else -1,
             "counters": dict(holder.counters) if holder else {},
             "lanes": [

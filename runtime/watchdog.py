@@ -1,11 +1,15 @@
 """The watchdog process: `python -m runtime.watchdog`, under supervisord.
 
 It learns of deaths from the kernel (pidfd) and of hung modules from the broker (ADMIN presence), asks
-supervisord over XML-RPC, and does what `runtime.watching` decides. No asyncio and few imports: it is to
-cost a node next to nothing.
+supervisord over XML-RPC, and does what `runtime.watching` decides. It also answers `/metrics`. No asyncio and
+few imports: it is to cost a node next to nothing.
 """
 
 from __future__ import annotations
+
+import runtime.libraries  # first: see there
+
+# isort: split
 
 import contextlib
 import faulthandler
@@ -14,20 +18,37 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from random import Random
 from typing import Any, Final, NoReturn
 
 import zmq
 
+from runtime import __version__
 from runtime.admin import AdminClient, AdminRefused
 from runtime.errors import AlreadyRunning
 from runtime.exits import exit_disabled
+from runtime.exposition import Facts, ProgramFacts, render
 from runtime.home import Home, bus_endpoint, find_home
 from runtime.locks import die_with_parent, hold
 from runtime.memory import settle
+from runtime.metrics import MetricsServer, process_facts
 from runtime.supervisord import Supervisor, SupervisorError
-from runtime.watching import Abort, Action, AskBroker, Counts, Kill, Note, Poke, Seen, Start, Watching, WatchSettings
+from runtime.watching import (
+    Abort,
+    Action,
+    AskBroker,
+    Counts,
+    KeepTraceback,
+    Kill,
+    Note,
+    Poke,
+    Seen,
+    Start,
+    Watching,
+    WatchSettings,
+)
 
 NAME: Final = "watchdog"
 
@@ -35,11 +56,38 @@ _CALL_SECONDS: Final = 2.0
 "For one call to supervisord: meanwhile nothing else is watched."
 
 
+_TRACEBACKS: Final = 5
+"Kept of each program, the last ones."
+_TRACEBACK_BYTES: Final = 64 * 1024
+_BIND_AGAIN_SECONDS: Final = 30.0
+"A port that is taken is tried again this often."
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsSettings:
+    """`runtime.metrics` of the configuration."""
+
+    enable: bool = True
+    address: str = "127.0.0.1"
+    port: int = 9477
+
+
 class Watchdog:
     """Joins `Watching` with supervisord, the broker and the kernel."""
 
-    def __init__(self, home: Home, endpoint: str, settings: WatchSettings) -> None:
+    def __init__(
+        self, home: Home, endpoint: str, settings: WatchSettings, metrics: MetricsSettings, node_name: str = ""
+    ) -> None:
         self._home = home
+        self._node_name = node_name
+        self._metrics_settings = metrics
+        self._metrics: MetricsServer | None = None
+        self._bind_at = time.monotonic()
+        self._bind_fault = ""
+        self._status_request = 0
+        self._bus: dict[str, Any] | None = None
+        self._supervisor_answers = False
+        self._log_sizes: dict[str, int] = {}  # of programs that were aborted, before that
         self._supervisor = Supervisor(home.supervisor_socket, timeout_seconds=_CALL_SECONDS)
         self._admin = AdminClient(endpoint)
         self._core = Watching(settings, Random(), now=time.monotonic())
@@ -53,7 +101,10 @@ class Watchdog:
             self._step()
 
     def _step(self) -> None:
-        wait_seconds = max(0.0, self._core.next_deadline() - time.monotonic())
+        due = self._core.next_deadline()
+        if self._metrics is not None:
+            due = min(due, self._metrics.next_deadline() or due)
+        wait_seconds = max(0.0, due - time.monotonic())
         ready = dict(self._poller.poll(int(wait_seconds * 1000) + 1))
         # First what others said while we slept, then the deadlines: so nobody is called silent whose word lies here.
         for pid, fd in list(self._watched.items()):
@@ -61,6 +112,11 @@ class Watchdog:
                 self._forget(pid)
                 self._perform(self._core.died(pid, now=time.monotonic()))
         self._hear_broker()
+        if self._metrics is not None:
+            self._metrics.ready(ready, time.monotonic())
+            self._metrics.expire(time.monotonic())
+        elif self._metrics_settings.enable and time.monotonic() >= self._bind_at:
+            self._serve_metrics()
         self._perform(self._core.expire(now=time.monotonic()))
         self._watch_deaths()
         self._write_counts()
@@ -74,12 +130,15 @@ class Watchdog:
                     # A new question each time: a renewed one would bring events, but no answer. The old
                     # streams end with their lease; what they repeat until then does no harm.
                     self._admin.ask_nowait("presence", {}, self._admin.new_request())
-                case Abort(program=_, pid=pid):
+                case Abort(program=program, pid=pid):
+                    self._log_sizes[program] = _size(self._log_of(program))
                     _signal(pid, signal.SIGABRT, to_group=False)
                 case Kill(program=_, pid=pid):
                     _signal(pid, signal.SIGKILL, to_group=True)
                 case Start(program=program):
                     self._start(program)
+                case KeepTraceback(program=program):
+                    self._keep_traceback(program)
                 case Note(text=text, is_warning=is_warning):
                     log("WARNING" if is_warning else "INFO", text)
 
@@ -87,8 +146,10 @@ class Watchdog:
         try:
             programs = self._supervisor.programs()
         except SupervisorError:
+            self._supervisor_answers = False
             self._core.supervisor_silent(now=time.monotonic())
             return
+        self._supervisor_answers = True
         seen = [Seen(program.name, program.state, program.pid) for program in programs]
         self._perform(self._core.programs(seen, now=time.monotonic()))
 
@@ -110,6 +171,12 @@ class Watchdog:
             if answer is None:
                 return
             self._core.broker_answered(now=time.monotonic())
+            if answer[0] == self._status_request:
+                if self._metrics is not None and isinstance(answer[2], dict):
+                    self._bus = answer[2]
+                    self._metrics.answered()
+                    self._bus = None
+                continue
             self._presence_of(answer[2])
 
     def _presence_of(self, body: Any) -> None:
@@ -157,16 +224,111 @@ class Watchdog:
         self._poller.unregister(fd)
         os.close(fd)
 
+    # --- tracebacks ---
+
+    def _log_of(self, program: str) -> Path:
+        return self._home.log / f"{program.rpartition(':')[2]}.log"
+
+    def _keep_traceback(self, program: str) -> None:
+        """Copy what the log got since the abort into a file of its own: the log will be rotated."""
+        path = self._log_of(program)
+        with contextlib.suppress(OSError):
+            kept = keep_traceback(path, self._log_sizes.pop(program, 0))
+            log("INFO", f"traceback of program={program} kept in {kept}")
+
+    # --- metrics ---
+
+    def _serve_metrics(self) -> None:
+        settings = self._metrics_settings
+        try:
+            self._metrics = MetricsServer(
+                settings.address, settings.port, self._poller, ask=self._ask_status, text=self._metrics_text
+            )
+        except OSError as fault:
+            self._bind_at = time.monotonic() + _BIND_AGAIN_SECONDS
+            if str(fault) != self._bind_fault:
+                self._bind_fault = str(fault)
+                log(
+                    "WARNING",
+                    f"no metrics: {settings.address}:{settings.port}: {fault} (runtime.metrics.port; tried again)",
+                )
+            return
+        self._bind_fault = ""
+        log("INFO", f"metrics on http://{settings.address}:{self._metrics.port}/metrics")
+        self._replace(self._home.metrics_json, json.dumps({"address": settings.address, "port": self._metrics.port}))
+
+    def _ask_status(self) -> None:
+        self._status_request = self._admin.new_request()
+        self._admin.ask_nowait("status", {}, self._status_request)
+
+    def _metrics_text(self, has_bus: bool) -> str:
+        counts = self._core.statistics()
+        programs = []
+        for seen in self._core.states():
+            count = counts[seen.name]
+            resident_bytes, cpu_seconds = process_facts(seen.pid) if seen.pid else (None, None)
+            programs.append(
+                ProgramFacts(
+                    seen.name,
+                    seen.state,
+                    restarts=count.restarts,
+                    storms=count.storms,
+                    in_storm=count.in_storm,
+                    aborts=count.hangs,
+                    kills=count.kills,
+                    revivals=count.revivals,
+                    resident_bytes=resident_bytes,
+                    cpu_seconds=cpu_seconds,
+                )
+            )
+        python = ".".join(map(str, sys.version_info[:3]))
+        bus = self._bus if has_bus else None
+        return render(Facts(__version__, python, self._node_name, bus, self._supervisor_answers, programs))
+
+    # --- counts for `status` ---
+
     def _write_counts(self) -> None:
         counts = self._core.statistics()
         if counts == self._written:
             return
         self._written = counts
-        path = self._home.watchdog_json
+        self._replace(self._home.watchdog_json, json.dumps({name: asdict(count) for name, count in counts.items()}))
+
+    @staticmethod
+    def _replace(path: Path, text: str) -> None:
         scratch = path.with_suffix(".tmp")
         with contextlib.suppress(OSError):  # for `status` only
-            scratch.write_text(json.dumps({name: asdict(count) for name, count in counts.items()}))
+            scratch.write_text(text)
             scratch.replace(path)
+
+
+def keep_traceback(path: Path, begin: int) -> Path:
+    """Copy `path` from byte `begin` on into `NAME.hung-N.txt` beside it, and forget the oldest. Raises OSError.
+
+    N counts up; the last five are kept, of each at most 64 KiB.
+    """
+    kept = {}
+    for entry in path.parent.glob(f"{path.stem}.hung-*.txt"):
+        number = entry.stem.rpartition("-")[2]
+        if number.isdigit():
+            kept[int(number)] = entry
+    with path.open("rb") as file:
+        if _size(path) < begin:
+            begin = 0  # rotated since
+        file.seek(begin)
+        text = file.read(_TRACEBACK_BYTES)
+    target = path.with_name(f"{path.stem}.hung-{max(kept, default=0) + 1}.txt")
+    target.write_bytes(text)
+    for old in sorted(kept)[: max(0, len(kept) + 1 - _TRACEBACKS)]:
+        kept[old].unlink(missing_ok=True)
+    return target
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _signal(pid: int, number: signal.Signals, *, to_group: bool) -> None:
@@ -205,6 +367,17 @@ def settings_of(node: dict[str, Any]) -> tuple[bool, WatchSettings]:
     )
 
 
+def metrics_settings_of(node: dict[str, Any]) -> MetricsSettings:
+    """From a parsed and checked `node.json`."""
+    section = node.get("runtime", {}).get("metrics", {})
+    defaults = MetricsSettings()
+    return MetricsSettings(
+        enable=section.get("enable", defaults.enable),
+        address=section.get("address", defaults.address),
+        port=section.get("port", defaults.port),
+    )
+
+
 def main() -> NoReturn:
     die_with_parent()
     faulthandler.enable()
@@ -229,7 +402,7 @@ def main() -> NoReturn:
     endpoint = bus_endpoint(home, node.get("runtime", {}).get("bus", {}).get("endpoint", ""))
     log("INFO", f"watching supervisor={home.supervisor_socket} broker={endpoint}")
     with lock:
-        watchdog = Watchdog(home, endpoint, settings)
+        watchdog = Watchdog(home, endpoint, settings, metrics_settings_of(node), node.get("node_name", ""))
         settle()
         watchdog.run()
 

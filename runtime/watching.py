@@ -23,6 +23,9 @@ FAST_POKE_SECONDS: Final = 0.015
 SLOW_POKE_SECONDS: Final = 0.25
 "After those, until the program runs again: a program in BACKOFF waits for whole seconds."
 
+TRACEBACK_SECONDS: Final = 0.5
+"After an aborted process's death: supervisord reads its last words from a pipe."
+
 STALL_SECONDS: Final = 2.0
 "Woken so much later than asked, it was us who stood still, and silence proves nothing."
 
@@ -73,6 +76,13 @@ class Kill(Action):
 
 
 @dataclass(frozen=True, slots=True)
+class KeepTraceback(Action):
+    """The aborted process is gone: keep what it said about where it hung before its log is rotated."""
+
+    program: str
+
+
+@dataclass(frozen=True, slots=True)
 class Start(Action):
     """Start a program that supervisord gave up."""
 
@@ -110,8 +120,12 @@ class Counts:
 
     restarts: int
     hangs: int
+    "Aborted because they hung."
     revivals: int
     in_storm: bool
+    storms: int = 0
+    kills: int = 0
+    "Of those aborted: were still there after the grace."
 
 
 @dataclass(slots=True)
@@ -126,11 +140,18 @@ class _Watched:
     "Aborted; to be killed then unless it has ended."
     revive_at: float | None = None
     revive_tries: int = 0
+    is_due: str = ""
+    "`abort` or `revive`, to be done if supervisord's next word says that it is still wanted; else empty."
+    why: str = ""
+    aborted_pid: int = 0
+    traceback_at: float | None = None
     restarts_at: deque[float] = field(default_factory=deque)
     restarts: int = 0
     hangs: int = 0
     revivals: int = 0
     in_storm: bool = False
+    storms: int = 0
+    kills: int = 0
 
     @property
     def is_alive(self) -> bool:
@@ -165,6 +186,7 @@ class Watching:
             if watched is None:
                 watched = self._programs[program.name] = _Watched(program.name)
             actions += self._update(watched, program, now)
+            actions += self._do_due(watched, now)
         for name in self._programs.keys() - listed:
             del self._programs[name]
         if not any(self._is_awaited(watched) for watched in self._programs.values()):
@@ -183,6 +205,8 @@ class Watching:
             if watched.pid == pid:
                 watched.died_pid = pid
                 watched.kill_at = None
+                if pid == watched.aborted_pid:
+                    watched.traceback_at = now + TRACEBACK_SECONDS
                 self._pokes_left = FAST_POKES
                 self._poke_at = now + FAST_POKE_SECONDS
                 return [Poke()]
@@ -191,6 +215,7 @@ class Watching:
     def silent(self, name: str, pid: int, *, now: float) -> list[Action]:
         """The broker has not heard a module for its liveness time although its process lives.
 
+        It is aborted when supervisord, asked once more (Poke), still has it running.
         `pid` is that of the supervised process: its own, or its process group's leader.
         """
         watched = self._by_pid(pid)
@@ -201,6 +226,8 @@ class Watching:
     def heard(self, pid: int, *, now: float) -> list[Action]:
         """The broker hears the module again."""
         watched = self._by_pid(pid)
+        if watched is not None and watched.is_due == "abort":
+            watched.is_due = ""
         if watched is None or watched.kill_at is None:
             return []
         watched.kill_at = None
@@ -232,14 +259,16 @@ class Watching:
                     actions.append(
                         Note(f"killed program={watched.name} pid={watched.pid}: still there", is_warning=True)
                     )
+                    watched.kills += 1
                     actions.append(Kill(watched.name, watched.pid))
+            if watched.traceback_at is not None and now >= watched.traceback_at:
+                watched.traceback_at = None
+                watched.aborted_pid = 0
+                actions.append(KeepTraceback(watched.name))
             if watched.revive_at is not None and now >= watched.revive_at:
                 watched.revive_at = None
-                watched.revive_tries += 1
-                watched.revivals += 1
-                actions.append(Note(f"revive program={watched.name} try={watched.revive_tries}", is_warning=True))
-                actions.append(Start(watched.name))
-                self._poke_at = min(self._poke_at, now + SLOW_POKE_SECONDS)
+                watched.is_due = "revive"
+                actions.append(Poke())
         self._expected_at = self.next_deadline()
         return actions
 
@@ -253,6 +282,8 @@ class Watching:
                 due.append(watched.kill_at)
             if watched.revive_at is not None:
                 due.append(watched.revive_at)
+            if watched.traceback_at is not None:
+                due.append(watched.traceback_at)
         return min(due)
 
     def pids(self) -> frozenset[int]:
@@ -260,7 +291,14 @@ class Watching:
         return frozenset(w.pid for w in self._programs.values() if w.pid and w.pid != w.died_pid)
 
     def statistics(self) -> dict[str, Counts]:
-        return {w.name: Counts(w.restarts, w.hangs, w.revivals, w.in_storm) for w in self._programs.values()}
+        return {
+            w.name: Counts(w.restarts, w.hangs, w.revivals, w.in_storm, w.storms, w.kills)
+            for w in self._programs.values()
+        }
+
+    def states(self) -> list[Seen]:
+        """All programs as supervisord last described them, without a pid that is known to be dead."""
+        return [Seen(w.name, w.state, 0 if w.pid == w.died_pid else w.pid) for w in self._programs.values()]
 
     # --- how ---
 
@@ -270,7 +308,7 @@ class Watching:
     def _is_awaited(self, watched: _Watched) -> bool:
         """Whether supervisord still has to do something that a poke makes happen sooner."""
         match watched.state:
-            case "STARTING" | "BACKOFF" | "STOPPING":
+            case "STARTING" | "BACKOFF" | "STOPPING" | "REVIVED":
                 return True
             case "RUNNING":
                 return watched.pid == watched.died_pid
@@ -285,6 +323,8 @@ class Watching:
             watched.running_since = now
             watched.kill_at = None
             watched.died_pid = 0
+            if watched.aborted_pid and watched.traceback_at is None:
+                watched.traceback_at = now  # its death was not seen (no pidfd)
             if watched.pid:
                 actions += self._count_restart(watched, now)
         if seen.pid:
@@ -323,6 +363,7 @@ class Watching:
         actions: list[Action] = [Note(f"restarted program={watched.name} restarts={watched.restarts}")]
         if self._recent(watched, now) >= self._settings.storm_restarts and not watched.in_storm:
             watched.in_storm = True
+            watched.storms += 1
             actions.append(
                 Note(
                     f"restart storm program={watched.name} restarts={len(watched.restarts_at)} "
@@ -345,12 +386,34 @@ class Watching:
     def _end_hung(self, watched: _Watched, what: str, now: float) -> list[Action]:
         if not watched.is_alive or watched.kill_at is not None:
             return []  # stopped by an operator, ending already, or not there any more
-        watched.hangs += 1
-        watched.kill_at = now + self._settings.hang_grace_seconds
-        return [
-            Note(f"hung {what} program={watched.name} pid={watched.pid}: aborting it", is_warning=True),
-            Abort(watched.name, watched.pid),
-        ]
+        # What we know of it may be seconds old, and an operator may be stopping it: supervisord is asked first.
+        watched.is_due = "abort"
+        watched.why = what
+        return [Poke()]
+
+    def _do_due(self, watched: _Watched, now: float) -> list[Action]:
+        """Just heard how it stands: abort what hangs, revive what was given up, unless that has changed."""
+        due, watched.is_due = watched.is_due, ""
+        if due == "abort" and watched.is_alive and watched.kill_at is None:
+            watched.hangs += 1
+            watched.aborted_pid = watched.pid
+            watched.kill_at = now + self._settings.hang_grace_seconds
+            return [
+                Note(f"hung {watched.why} program={watched.name} pid={watched.pid}: aborting it", is_warning=True),
+                Abort(watched.name, watched.pid),
+            ]
+        if due == "revive" and watched.state == "FATAL":
+            watched.revive_tries += 1
+            watched.revivals += 1
+            watched.revive_at = None
+            # Anew from what comes of it: FATAL again means a longer pause.
+            watched.state = "REVIVED"
+            self._pokes_left = max(self._pokes_left, 1)
+            return [
+                Note(f"revive program={watched.name} try={watched.revive_tries}", is_warning=True),
+                Start(watched.name),
+            ]
+        return []
 
     def _check_broker(self, now: float) -> list[Action]:
         actions: list[Action] = []

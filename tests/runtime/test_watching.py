@@ -8,10 +8,12 @@ from runtime.watching import (
     FAST_POKE_SECONDS,
     FAST_POKES,
     SLOW_POKE_SECONDS,
+    TRACEBACK_SECONDS,
     Abort,
     Action,
     AskBroker,
     Counts,
+    KeepTraceback,
     Kill,
     Note,
     Poke,
@@ -45,6 +47,13 @@ def watching(*programs: Seen, now: float = 0.0) -> Watching:
 def deeds(actions: list[Action]) -> list[Action]:
     """Without what is only said."""
     return [action for action in actions if not isinstance(action, Note)]
+
+
+def silent(core: Watching, name: str, pid: int, *, now: float) -> list[Action]:
+    """The module is silent, and supervisord, asked once more, says that it runs."""
+    if core.silent(name, pid, now=now) != [Poke()]:
+        return []
+    return deeds(core.programs([Seen(name, "RUNNING", pid)], now=now))
 
 
 def run_until(core: Watching, end: float) -> list[tuple[float, Action]]:
@@ -141,27 +150,62 @@ def test_a_supervisord_that_does_not_answer_is_asked_again_soon() -> None:
 
 def test_a_hung_module_is_aborted_and_killed_when_that_does_not_end_it() -> None:
     core = watching(Seen("cam", "RUNNING", 5))
-    assert deeds(core.silent("cam", 5, now=10.0)) == [Abort("cam", 5)]
+    assert silent(core, "cam", 5, now=10.0) == [Abort("cam", 5)]
     assert (12.0, Kill("cam", 5)) in run_until(core, 20.0)
-    assert core.statistics()["cam"] == Counts(restarts=0, hangs=1, revivals=0, in_storm=False)
+    assert core.statistics()["cam"] == Counts(restarts=0, hangs=1, revivals=0, in_storm=False, kills=1)
 
 
 def test_a_hung_module_is_aborted_once_however_often_its_silence_is_told() -> None:
     core = watching(Seen("cam", "RUNNING", 5))
-    core.silent("cam", 5, now=10.0)
+    assert silent(core, "cam", 5, now=10.0)
     assert core.silent("cam", 5, now=10.5) == []
 
 
-def test_a_module_that_ends_after_the_abort_is_not_killed() -> None:
+def test_a_module_that_ends_after_the_abort_is_not_killed_and_its_traceback_is_kept_once() -> None:
+    core = watching(Seen("cam", "RUNNING", 5))
+    assert silent(core, "cam", 5, now=10.0)
+    core.died(5, now=10.1)
+    core.programs([Seen("cam", "RUNNING", 6)], now=10.2)
+    done = run_until(core, 30.0)
+    assert all(not isinstance(action, Kill) for _, action in done)
+    assert [(now, action) for now, action in done if isinstance(action, KeepTraceback)] == [
+        (10.1 + TRACEBACK_SECONDS, KeepTraceback("cam"))
+    ]
+
+
+def test_a_traceback_is_kept_where_the_kernel_tells_of_no_deaths() -> None:
+    core = watching(Seen("cam", "RUNNING", 5))
+    assert silent(core, "cam", 5, now=10.0)
+    core.programs([Seen("cam", "RUNNING", 6)], now=11.0)
+    assert KeepTraceback("cam") in core.expire(now=11.0)
+
+
+def test_a_death_without_an_abort_has_no_traceback_to_keep() -> None:
+    core = watching(Seen("cam", "RUNNING", 5))
+    core.died(5, now=10.1)
+    core.programs([Seen("cam", "RUNNING", 6)], now=10.2)
+    assert all(not isinstance(action, KeepTraceback) for _, action in run_until(core, 30.0))
+
+
+@pytest.mark.parametrize("state", ["STOPPING", "STOPPED", "EXITED"])
+def test_a_hung_module_that_an_operator_is_stopping_is_not_aborted(state: str) -> None:
+    core = watching(Seen("cam", "RUNNING", 5))  # as it was at the last look, seconds ago
+    assert core.silent("cam", 5, now=10.0) == [Poke()]
+    assert deeds(core.programs([Seen("cam", state, 5 if state == "STOPPING" else 0)], now=10.0)) == []
+    assert all(not isinstance(action, Abort | Kill) for _, action in run_until(core, 60.0))
+
+
+def test_a_module_that_is_heard_before_supervisord_answers_is_not_aborted() -> None:
     core = watching(Seen("cam", "RUNNING", 5))
     core.silent("cam", 5, now=10.0)
-    core.died(5, now=10.1)
-    assert all(not isinstance(action, Kill) for _, action in run_until(core, 30.0))
+    core.supervisor_silent(now=12.0)
+    core.heard(5, now=12.1)
+    assert deeds(core.programs([Seen("cam", "RUNNING", 5)], now=12.2)) == []
 
 
 def test_a_module_that_is_heard_again_is_not_killed() -> None:
     core = watching(Seen("cam", "RUNNING", 5))
-    core.silent("cam", 5, now=10.0)
+    assert silent(core, "cam", 5, now=10.0)
     assert core.heard(5, now=11.0) == [Note("alive again program=cam pid=5")]
     assert all(not isinstance(action, Kill) for _, action in run_until(core, 30.0))
 
@@ -174,7 +218,7 @@ def test_what_an_operator_stops_is_left_to_supervisord(state: str) -> None:
 
 def test_an_operators_stop_between_abort_and_kill_wins() -> None:
     core = watching(Seen("cam", "RUNNING", 5))
-    core.silent("cam", 5, now=10.0)
+    assert silent(core, "cam", 5, now=10.0)
     core.programs([Seen("cam", "STOPPING", 5)], now=11.0)
     assert all(not isinstance(action, Kill) for _, action in run_until(core, 30.0))
 
@@ -197,7 +241,10 @@ def test_a_broker_that_answers_nothing_is_aborted_then_killed() -> None:
     core = watching(Seen("broker", "RUNNING", 9))
     done: list[tuple[float, Action]] = []
     while (now := core.next_deadline()) < 20.0:
-        done += [(now, action) for action in deeds(core.expire(now=now)) if isinstance(action, Abort | Kill)]
+        actions = core.expire(now=now)
+        if Poke() in actions:
+            actions += core.programs([Seen("broker", "RUNNING", 9)], now=now)
+        done += [(now, action) for action in actions if isinstance(action, Abort | Kill)]
     assert done == [(12.0, Abort("broker", 9)), (14.0, Kill("broker", 9))]
 
 
@@ -227,7 +274,7 @@ def revivals(core: Watching, end: float) -> list[float]:
         for action in deeds(core.expire(now=now)):
             if isinstance(action, AskBroker):
                 core.broker_answered(now=now)
-            if action == Start("x"):
+            if action == Poke() and Start("x") in core.programs([Seen("x", "FATAL", 0)], now=now):
                 times.append(now)
                 core.programs([Seen("x", "STARTING", 0)], now=now)
                 core.programs([Seen("x", "FATAL", 0)], now=now)
@@ -263,7 +310,18 @@ def test_a_program_that_an_operator_started_or_removed_meanwhile_is_not_revived(
     core = watching()
     core.programs([Seen("x", "FATAL", 0)], now=0.0)
     core.programs([Seen("x", "STOPPED", 0)], now=1.0)
-    assert revivals(core, 60.0) == []
+    assert all(not isinstance(action, Start) for _, action in run_until(core, 60.0))
+
+
+def test_a_program_that_was_stopped_when_its_revival_was_due_is_not_revived() -> None:
+    core = watching()
+    core.programs([Seen("x", "FATAL", 0)], now=0.0)
+    while (now := core.next_deadline()) <= 30.0:
+        if Poke() in core.expire(now=now):
+            state = "FATAL" if now < 2.0 else "STOPPED"  # between two looks: started and stopped by an operator
+            assert deeds(core.programs([Seen("x", state, 0)], now=now)) == []
+        core.broker_answered(now=now)
+    assert core.statistics()["x"].revivals == 0
 
 
 def test_a_stopped_program_is_never_started() -> None:
@@ -298,7 +356,7 @@ def test_a_restart_storm_is_told_once_and_again_only_after_quiet() -> None:
     for pid in range(2, 8):
         restart(pid, float(pid))
     assert storms == ["restart storm program=x restarts=3 within_seconds=60: see its log"]
-    assert core.statistics()["x"] == Counts(restarts=6, hangs=0, revivals=0, in_storm=True)
+    assert core.statistics()["x"] == Counts(restarts=6, hangs=0, revivals=0, in_storm=True, storms=1)
     core.programs([Seen("x", "RUNNING", 7)], now=200.0)
     assert not core.statistics()["x"].in_storm
     for pid in range(8, 11):
