@@ -183,6 +183,23 @@ def test_the_next_endpoint_serves_when_the_first_does_not(tmp_path: Path) -> Non
     run(scenario())
 
 
+def test_a_hub_at_its_node_limit_makes_the_node_move_on_to_the_next_endpoint(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with cloud(tmp_path, node_limit=0) as full, cloud(tmp_path) as free:
+            config = settings(
+                free,
+                endpoints=(Endpoint("127.0.0.1", full.port), Endpoint("127.0.0.1", free.port)),
+                greeting_seconds=0.3,
+            )
+            async with running(config) as (hub, _):
+                await until(lambda: state(hub) == "served", "the second endpoint")
+                assert hub.link_status()["endpoint"] == f"127.0.0.1:{free.port}"
+                assert hub.counters()["connects"] == 2
+                assert not full.is_served(NODE)
+
+    run(scenario())
+
+
 def test_a_replaced_session_comes_back(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with cloud(tmp_path) as sim, served(sim) as (first, _):

@@ -4,8 +4,13 @@ import itertools
 import random
 
 from modules.edgehub.governor import JITTER, Pace, Ramp
+from modules.edgehub.link import LinkLost
 from modules.edgehub.outbox import Class, Outbox, OutboxLimits
 from modules.edgehub.window import TokenBucket
+from runtime.emp import Priority
+from tests.modules.edgehub.fakes import FakeCloud, hand_over, running, upload
+from tests.modules.edgehub.test_hub import config, until_served
+from tests.support.aio import run, until
 
 
 def drain(ramp: Ramp, seconds: float, step: float = 0.05) -> list[int]:
@@ -83,6 +88,28 @@ def test_signals_have_a_bucket_of_their_own() -> None:
     pace.take(signals=2, data=1000)
     assert pace.available(Class.SIGNAL, now=0.0) == 0
     assert pace.available(Class.DATA, now=0.0) is None
+
+
+def test_after_an_outage_data_goes_up_on_the_ramp_and_signals_at_once() -> None:
+    async def scenario() -> None:
+        cloud = FakeCloud()
+        cloud.faults = [LinkLost("refused")] * 3
+        settings = config(ramp_after_seconds=0.1, ramp_start_rate=40.0, ramp_seconds=1.0, retry_cap_seconds=0.2)
+        async with running(settings, factory=cloud) as (hub, _):
+            uploads = [await hand_over(hub, upload(number)) for number in range(200)]
+            hub._down_since -= 0.2  # it has been away for long
+            await until_served(hub)
+            signal = await hand_over(hub, upload(1000), priority=Priority.SIGNAL)
+            assert hub.link_status()["is_ramping"]
+            await until(lambda: signal and signal.outcome == "done", "the signal")
+            assert uploads[-1] is not None
+            assert uploads[-1].outcome is None, "uploads wait for the ramp"
+            await until(lambda: all(each and each.outcome == "done" for each in uploads), "the backlog")
+            assert not hub.link_status()["is_ramping"]
+            numbers = [m.json()["number"] for m in cloud.written()]
+            assert [n for n in numbers if n < 1000] == list(range(200))
+
+    run(scenario())
 
 
 def test_signals_without_tokens_do_not_hold_up_data() -> None:
