@@ -149,6 +149,8 @@ def _entry(program: Program | None, module: dict[str, Any] | None, counts: dict[
         "pid": program.pid if program else 0,
         "restarts": counts.get("restarts", 0),
         "hangs": counts.get("hangs", 0),
+        "storms": counts.get("storms", 0),
+        "revivals": counts.get("revivals", 0),
         "in_storm": counts.get("in_storm", False),
     }
     if module is not None:
