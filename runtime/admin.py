@@ -6,19 +6,18 @@ No HELLO is said and no name is taken: who asks is no module. Headers are packed
 
 from __future__ import annotations
 
-import runtime.libraries  # noqa: F401  (first: see there)
-
-# isort: split
-
 import time
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Final
 
 import msgpack
-import zmq
 
 from runtime.errors import EdgezmqError
+from runtime.lean import TYPING, without
+
+with without(*TYPING):  # and without `runtime.libraries`: the watchdog has no use for msgspec
+    import zmq
 
 _ADMIN: Final = b"ADMIN/1"
 _REFUSED: Final = b"REFUSED/1"

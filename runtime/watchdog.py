@@ -7,10 +7,6 @@ few imports: it is to cost a node next to nothing.
 
 from __future__ import annotations
 
-import runtime.libraries  # first: see there
-
-# isort: split
-
 import contextlib
 import faulthandler
 import json
@@ -23,14 +19,13 @@ from pathlib import Path
 from random import Random
 from typing import Any, Final, NoReturn
 
-import zmq
-
 from runtime import __version__
 from runtime.admin import AdminClient, AdminRefused
 from runtime.errors import AlreadyRunning
 from runtime.exits import exit_disabled
 from runtime.exposition import Facts, ProgramFacts, render
 from runtime.home import Home, bus_endpoint, find_home
+from runtime.lean import TYPING, without
 from runtime.locks import die_with_parent, hold
 from runtime.memory import settle
 from runtime.metrics import MetricsServer, process_facts
@@ -49,6 +44,9 @@ from runtime.watching import (
     Watching,
     WatchSettings,
 )
+
+with without(*TYPING):
+    import zmq
 
 NAME: Final = "watchdog"
 
