@@ -130,6 +130,7 @@ class EdgeHub(Module):
         self._keeper_timer: asyncio.TimerHandle | None = None
         self._store: Store | None = None
         self._parking: Parking | None = None
+        self._file_mismatch = 0
         self._spill_timer: asyncio.TimerHandle | None = None
         self._stored: asyncio.Event = asyncio.Event()
 
@@ -370,6 +371,10 @@ class EdgeHub(Module):
         )
         for kind, extent in zip(Class, store.extents(), strict=True):
             self._outbox.restore(kind, extent.first, extent.last, extent.messages, extent.bytes)
+        for kind, account in zip(Class, store.accounts(), strict=True):
+            if account.mismatch:
+                log.error("the outbox file's account does not add up class=%s %s", kind.name.lower(), account)
+                self._file_mismatch += abs(account.mismatch)
         self._parking = Parking(
             store,
             self.tasks,
@@ -793,6 +798,7 @@ class EdgeHub(Module):
         counts["restored"] = self._outbox.restored
         counts["held"] = self._outbox.held_messages
         counts["given_up"] = self._outbox.given_up
+        counts["ledger_mismatch"] = abs(self._outbox.mismatch) + self._file_mismatch
         counts["unconfirmed"] = self._outbox.unconfirmed
         counts["waiting_signals"] = self._outbox.waiting(Class.SIGNAL)
         counts["waiting_data"] = self._outbox.waiting(Class.DATA)

@@ -84,6 +84,20 @@ class Extent(NamedTuple):
     bytes: int
 
 
+class Account(NamedTuple):
+    """What became of the rows of one class, ever."""
+
+    stored: int
+    confirmed: int
+    dropped: int
+    present: int
+
+    @property
+    def mismatch(self) -> int:
+        """Rows of which nothing is known. Not 0: a fault of ours, or somebody wrote into the file."""
+        return self.stored - self.confirmed - self.dropped - self.present
+
+
 class Dropped(NamedTuple):
     """An entry of the ledger."""
 
@@ -137,6 +151,10 @@ class OutboxFile:
                 for statement in _META.strip().split(";\n"):
                     if statement.strip(" ;\n"):
                         run(statement)
+                for kind, name in enumerate(CLASSES):
+                    first = self.extent(kind).first
+                    if version == 1:  # it did not keep the account
+                        run("INSERT OR IGNORE INTO meta VALUES (?, ?)", (f"base.{name}", first - 1))
                 run(f"PRAGMA user_version={SCHEMA}")
         # Quick, and it finds the torn pages that a power loss on a lying disk leaves in the b-trees' upper levels.
         for name in CLASSES:
@@ -148,6 +166,9 @@ class OutboxFile:
                 for name in CLASSES:
                     last = run(f"SELECT max(row) FROM {name}").fetchone()[0] or 0
                     run("INSERT OR REPLACE INTO meta VALUES (?, ?)", (f"reborn.{name}", f"{last} {now!r}"))
+        self._has_base = [
+            run("SELECT 1 FROM meta WHERE key = ?", (f"base.{name}",)).fetchone() is not None for name in CLASSES
+        ]
         self._reborn: list[tuple[int, float]] = []
         for name in CLASSES:
             value = run("SELECT value FROM meta WHERE key = ?", (f"reborn.{name}",)).fetchone()
@@ -192,7 +213,25 @@ class OutboxFile:
             (f"bytes.{CLASSES[kind]}", size),
         )
 
+    def _count(self, what: str, kind: int, count: int) -> None:
+        self._db.execute(
+            "INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = value + excluded.value",
+            (f"{what}.{CLASSES[kind]}", count),
+        )
+
+    def account(self, kind: int) -> Account:
+        """What became of all rows that this file ever had, over every restart."""
+        name = CLASSES[kind]
+        extent = self.extent(kind)
+        base = self._meta(f"base.{name}", 0)
+        return Account(
+            extent.last - base, self._meta(f"confirmed.{name}", 0), self._meta(f"dropped.{name}", 0), extent.messages
+        )
+
     def add(self, kind: int, rows: Sequence[Row], now: float) -> None:
+        if rows and not self._has_base[kind]:
+            # Numbers go on from those of a file that was set aside.
+            self._db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (f"base.{CLASSES[kind]}", rows[0].row - 1))
         self._db.executemany(
             f"INSERT INTO {CLASSES[kind]} VALUES (?, ?, ?, ?, ?)",
             [(row.row, now, len(row.payload), row.sender, row.payload) for row in rows],
@@ -217,7 +256,13 @@ class OutboxFile:
 
     def delete(self, kind: int, upto: int) -> None:
         """The cloud has all up to row `upto`."""
-        size = self._db.execute(f"SELECT total(size) FROM {CLASSES[kind]} WHERE row <= ?", (upto,)).fetchone()[0]
+        self._delete(kind, upto, "confirmed")
+
+    def _delete(self, kind: int, upto: int, why: str) -> None:
+        table = CLASSES[kind]
+        count, size = self._db.execute(f"SELECT count(*), total(size) FROM {table} WHERE row <= ?", (upto,)).fetchone()
+        if count:
+            self._count(why, kind, count)
         self._db.execute(f"DELETE FROM {CLASSES[kind]} WHERE row <= ?", (upto,))
         self._grow(kind, -int(size))
         self._db.execute(
@@ -237,7 +282,7 @@ class OutboxFile:
             )
             self._db.execute("DELETE FROM example WHERE number <= (SELECT max(number) FROM example) - ?", (EXAMPLES,))
             self.note(kind, reason, count, int(size))
-            self.delete(kind, upto)
+            self._delete(kind, upto, "dropped")
         return Dropped(reason, kind, count, int(size))
 
     def note(self, kind: int, reason: str, messages: int, size: int) -> None:
@@ -503,6 +548,10 @@ class Store:
     def parked(self) -> tuple[dict[str, tuple[int, int]], set[str]]:
         """By owner: how many objects are parked, how many bytes; and who is known. Before `start`, after `extents`."""
         return self._file.parked(), self._file.known_owners()
+
+    def accounts(self) -> list[Account]:
+        """What became of the rows of each class. Before `start` only; after `extents`."""
+        return [self._file.account(kind) for kind in range(len(CLASSES))]
 
     def start(self) -> None:
         self._thread.start()

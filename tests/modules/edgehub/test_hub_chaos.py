@@ -118,6 +118,7 @@ def test_a_random_schedule_loses_nothing_and_keeps_order(seed: int) -> None:
             owned: set[str] = {message.id for message in bus.sent_to(META)}
             assert owned == {message.id for message in world.objects}
             assert hub.counters()["downstream_held"] == 0
+            assert hub.counters()["ledger_mismatch"] == 0
             assert hub.counters()["waiting_data"] == 0
 
     run(scenario())

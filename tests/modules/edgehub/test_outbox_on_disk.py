@@ -174,6 +174,7 @@ class DiskMachine(RuleBasedStateMachine):
         self.orders: list[tuple[str, Class, object]] = []
         self.numbers = dict.fromkeys(Class, 0)
         self.accepted: set[bytes] = set()
+        self.dropped: set[bytes] = set()
         self.given_away: set[bytes] = set()  # tokens that came back
         self.cloud: list[bytes] = []
         self.begin()
@@ -258,11 +259,24 @@ class DiskMachine(RuleBasedStateMachine):
                 self.top[kind] = max(self.top[kind], value)
                 for number in [number for number in rows if number <= value]:
                     del rows[number]
+            elif what == "drop":
+                assert isinstance(value, int)
+                gone = {number: rows.pop(number) for number in sorted(rows) if number <= value}
+                if gone:
+                    self.dropped |= set(gone.values())
+                    self.top[kind] = max(self.top[kind], *gone)
+                    self.box.dropped(kind, max(gone), len(gone), sum(map(len, gone.values())))
             else:
                 assert isinstance(value, int)
                 found = [StoredRow(n, "s", rows[n]) for n in sorted(rows) if n > value][:most]
                 self.box.loaded(kind, value, found, now=self.now)
         del self.orders[:count]
+
+    @rule(kind=st.sampled_from(Class), count=st.integers(1, 10))
+    def drop(self, kind: Class, count: int) -> None:
+        """By age or size, from the front."""
+        if self.file[kind]:
+            self.orders.append(("drop", kind, min(self.file[kind]) + count - 1))
 
     @rule()
     def restart(self) -> None:
@@ -274,7 +288,7 @@ class DiskMachine(RuleBasedStateMachine):
     @invariant()
     def what_is_accepted_is_on_disk_or_in_the_cloud(self) -> None:
         durable = {payload for kind in Class for payload in self.file[kind].values()} | set(self.cloud)
-        assert self.accepted <= durable
+        assert self.accepted <= durable | self.dropped
 
     @invariant()
     def rows_are_numbered_without_gaps(self) -> None:
@@ -292,6 +306,10 @@ class DiskMachine(RuleBasedStateMachine):
                     seen.add(payload)
                     first.append(payload)
             assert [p[:14] for p in first] == sorted(p[:14] for p in first)
+
+    @invariant()
+    def the_account_adds_up(self) -> None:
+        assert self.box.mismatch == 0
 
     @invariant()
     def memory_is_bounded(self) -> None:
@@ -315,7 +333,7 @@ class DiskMachine(RuleBasedStateMachine):
             if not self.box.held_messages and not self.orders:
                 break
         assert self.box.held_messages == 0, "stuck"
-        assert self.accepted <= set(self.cloud)
+        assert self.accepted <= set(self.cloud) | self.dropped
         assert not any(self.file.values())
         assert self.box.held_bytes == 0
 
