@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 from modules.eventbus.backoff import Backoff
 from modules.eventbus.config import SECTION, Server, TlsFiles
 from modules.eventbus.lean import absent
-from modules.eventbus.packets import MalformedPacket, PacketReader, puback
+from modules.eventbus.packets import InPublish, MalformedPacket, PacketReader, puback
 from runtime.errors import ConfigError
 
 # For proxies of MQTT over websockets, which is not used here; it would bring http.client and email, 1.8 MiB.
@@ -228,7 +229,8 @@ class MqttConnection:
             wire.write_now()
             wire.close()
             await asyncio.wait({wire.closed}, timeout=STOP_SECONDS)
-            wire.abort("stopped")
+        if wire is not None:
+            wire.abort("stopped")  # also where the session is only about to open
 
     async def _serve_once(self) -> str:
         """One connection from dial to end; returns why it ended."""
@@ -240,6 +242,8 @@ class MqttConnection:
                 lambda: wire, self._server.host, self._server.port, ssl=tls_context(self._server.tls)
             )
         try:
+            if self._stopping.is_set():
+                return "stopped"  # while we were dialling
             connack: asyncio.Future[Connected | str] = loop.create_future()
             self._open_session(wire, connack)
             either: set[asyncio.Future[Any]] = {connack, wire.closed}
@@ -251,6 +255,8 @@ class MqttConnection:
             answer = connack.result()
             if isinstance(answer, str):
                 return answer
+            if self._stopping.is_set():
+                return "stopped"
             self._is_open = True
             self.connects += 1
             self._knows_mqtt5 |= self._version is MQTT5
@@ -396,6 +402,11 @@ class _Client(paho.Client):
         return self.wire
 
 
+def _size_of(packet: InPublish) -> int:
+    """What a message set aside takes, about: its parts as Python objects are some 256 bytes."""
+    return 256 + len(packet.payload or b"")
+
+
 class _Wire(asyncio.Protocol):
     """The network on one side, what paho takes for a socket (`SocketLike`) on the other.
 
@@ -408,6 +419,8 @@ class _Wire(asyncio.Protocol):
         self._loop = loop
         self._transport: asyncio.Transport | None = None
         self._reader = PacketReader(is_mqtt5=is_mqtt5, limit_bytes=MAX_PACKET_BYTES)
+        self._set_aside: deque[InPublish] = deque()  # came while the owner had paused
+        self._set_aside_bytes = 0
         self._packet = b""  # the one that paho is reading
         self._position = 0
         self._to_send: list[bytes | bytearray] = []
@@ -455,7 +468,11 @@ class _Wire(asyncio.Protocol):
         self._parse()
 
     def _parse(self) -> None:
-        """Take packets, as many as fit into one turn, unless the owner has paused."""
+        """Take packets, as many as fit into one turn.
+
+        While the owner has paused, PUBLISHes are set aside, up to BACKLOG_BYTES, and what stands between them is
+        taken: it may be the PUBACK that, by way of the bus and the cloud, the messages in hand wait for.
+        """
         client, owner = self._owner._client, self._owner
         if client is None or client.wire is not self or self.closed.done():
             return
@@ -465,12 +482,22 @@ class _Wire(asyncio.Protocol):
         more = False
         try:
             for _ in range(PACKETS_PER_TURN):
-                if owner._is_paused and owner._is_open:
+                is_paused = owner._is_paused and owner._is_open
+                if is_paused and self._set_aside_bytes > BACKLOG_BYTES:
                     break
-                packet = next_packet()
+                packet: InPublish | bytes | None
+                if self._set_aside and not is_paused:
+                    packet = self._set_aside.popleft()
+                    self._set_aside_bytes -= _size_of(packet)
+                else:
+                    packet = next_packet()
                 if packet is None:
                     break
                 if not isinstance(packet, bytes):
+                    if is_paused:
+                        self._set_aside.append(packet)
+                        self._set_aside_bytes += _size_of(packet)
+                        continue
                     if owner._is_open:
                         deliver(*packet)
                         continue
@@ -488,7 +515,7 @@ class _Wire(asyncio.Protocol):
             self.abort(f"unreadable packet: {fault!r}")
             return
         owner._events.turn_ended()
-        if more and not owner._is_paused:
+        if more:
             self.schedule_parsing()
         # Not at once: only a socket that is read shows that the broker has gone.
         self._hold_socket((more or owner._is_paused) and self._reader.unread_bytes > BACKLOG_BYTES)

@@ -269,8 +269,23 @@ def test_stopping_does_not_wait_for_the_next_attempt_to_connect(tmp_path: Path) 
             broker.on_connect = lambda connection: connection.cut()
             async with hosted(module(broker, tmp_path)) as host:
                 await until(lambda: len(broker.connections) >= 2)
-                host.module._sides[0].connection._backoff.next_delay = lambda: 1000.0  # type: ignore[method-assign]
-                await until(lambda: len(broker.connections) >= 3)
+                drawn: list[float] = []
+
+                def next_delay() -> float:
+                    drawn.append(1000.0)
+                    return drawn[-1]
+
+                host.module._sides[0].connection._backoff.next_delay = next_delay  # type: ignore[method-assign]
+                await until(lambda: drawn, "a pause of 1000 s to begin")
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("pause_seconds", [0.0, 0.001, 0.003, 0.01])
+def test_stopping_while_the_session_is_about_to_open_ends_it(tmp_path: Path, pause_seconds: float) -> None:
+    async def scenario() -> None:
+        async with fake_broker() as broker, hosted(module(broker, tmp_path)):
+            await asyncio.sleep(pause_seconds)  # the moment to stop at is what this is about
 
     run(scenario())
 
@@ -293,6 +308,24 @@ def test_qos_0_messages_beyond_the_window_are_left_unread_and_the_connection_liv
             host.bus.release()
             await until(lambda: len(host.bus.delivered) == 5000, "every message")
             assert host.bus.payloads == [b"%04d" % n for n in range(5000)]
+
+    run(scenario())
+
+
+def test_commands_get_done_while_the_window_is_full_of_uploads_that_wait_for_the_cloud(tmp_path: Path) -> None:
+    # edgehub reads no pong, and so settles no upload, while commands that were not done fill its own window.
+    async def scenario() -> None:
+        async with fake_broker() as broker, hosted(module(broker, tmp_path, receive_window=10), holding()) as host:
+            await ready(host)
+            broker.last.send(b"".join(publish(TOPIC, b"%d" % mid, mid) for mid in range(1, 31)))
+            await until(lambda: host.count("in_hand") == 11)
+            results = [await host.deliver(command(b"%d" % n)) for n in range(3)]
+            await until(lambda: all(result.outcome == "done" for result in results))
+            assert host.count("in_hand") == 11
+            host.bus.is_holding = False
+            host.bus.release()
+            await until(lambda: broker.last.pubacks == list(range(1, 31)), "every PUBACK")
+            assert host.bus.payloads == [b"%d" % n for n in range(1, 31)]
 
     run(scenario())
 
