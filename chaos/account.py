@@ -78,22 +78,23 @@ class Flow:
         window_seconds: float,
         stored: Collection[str] = (),
         node_has: Collection[str] | None = None,
-        mqtt_died_at: Iterable[float] = (),
+        mqtt_lost_until: Iterable[float] = (),
     ) -> Counts:
         """The sums. `node_has`: what the node acknowledged to the MQTT broker, where that is known.
+        `mqtt_lost_until`: for what it accepted until then, and the node never had, the MQTT broker is to blame.
 
         A repetition without a mark is within the window when the message was sent before the harm was over, and
         its first arrival was not longer than `window_seconds` before the harm: nobody could know that it had arrived.
         """
         counts = Counts(sent=len(self.sent_at), accepted=len(self.accepted_at), arrived=len(self.came_at))
-        deaths = list(mqtt_died_at)
+        outages = list(mqtt_lost_until)
         for key in self.missing():
             if key in stored:
                 counts.stored += 1
             elif (
                 node_has is not None
                 and key not in node_has
-                and any(self.accepted_at[key] <= death + 1.0 for death in deaths)
+                and any(self.accepted_at[key] <= until + 0.5 for until in outages)
             ):
                 counts.lost_by_mqtt += 1
             else:

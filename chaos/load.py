@@ -126,6 +126,9 @@ class Load:
         "From the cloud application; of maker to keeper; objects of the cluster."
         self.node_has: set[str] = set()
         "Tokens that eventbus has acknowledged to the MQTT broker."
+        self.sessions_lost: list[float] = []
+        "When eventbus connected and the MQTT broker had forgotten its session."
+        self.subscribed: list[float] = []
         self.asked: dict[int, float] = {}
         "Unanswered commands, with the time of the last asking."
         self.asks = 0
@@ -257,7 +260,13 @@ class Load:
             while device.got:
                 self._obey(device, device.got.popleft())
         for line in self._mqtt.lines():
-            self.node_has.add(line.split(b" ")[2].decode())
+            kind, when, what = line.decode().split(" ")
+            if kind == "P":
+                self.node_has.add(what)
+            elif kind == "C" and what == "0":
+                self.sessions_lost.append(float(when))
+            elif kind == "B":
+                self.subscribed.append(float(when))
         # What maker sends is in its file before it is sent: with that file read last nothing unknown arrives.
         arrived, kept = self._cloud.lines(), self._keeper.lines()
         for line in self._maker.lines():

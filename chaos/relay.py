@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 from chaos.places import TOKEN
 
-_PUBLISH, _PUBACK = 3, 4
+_CONNACK, _PUBLISH, _PUBACK, _SUBACK = 2, 3, 4, 9
 _SLICE_SECONDS = 0.02
 _SMALL_BUFFER = 16384
 
@@ -52,7 +52,10 @@ class Packets:
 
 
 class Sniffer:
-    """Which tokens the client of one MQTT connection has acknowledged."""
+    """What the client of one MQTT connection has acknowledged (`P`), and when it was subscribed (`B`).
+
+    `C seconds 0|1`: a new connection, and whether the broker still had the session.
+    """
 
     def __init__(self, record: int) -> None:
         self._record = record
@@ -67,6 +70,10 @@ class Sniffer:
                 at = 2 + int.from_bytes(rest[:2], "big")
                 if token is not None:
                     self._tokens[rest[at : at + 2]] = token[0]
+            elif first >> 4 == _CONNACK:
+                os.write(self._record, f"C {time.monotonic():.4f} {rest[0] & 1}\n".encode())
+            elif first >> 4 == _SUBACK:
+                os.write(self._record, f"B {time.monotonic():.4f} 0\n".encode())
 
     def from_client(self, data: bytes) -> None:
         lines = []

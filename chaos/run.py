@@ -196,6 +196,20 @@ def work(rig: Rig, load: Load, is_over: Callable[[], bool], seconds: float) -> N
         time.sleep(TICK_SECONDS)
 
 
+def _mqtt_outages(load: Load, deaths: list[float]) -> list[float]:
+    """Until when an MQTT broker that died at each of `deaths` is to answer for what it acknowledged.
+
+    For the moment of the death itself; and where it came back without eventbus's session, until that had
+    subscribed again: until then it acknowledges what it then gives to nobody.
+    """
+    ends = []
+    for death in deaths:
+        lost = next((at for at in load.sessions_lost if at > death), None)
+        subscribed = next((at for at in load.subscribed if lost is not None and at > lost), None)
+        ends.append(death if subscribed is None else subscribed)
+    return ends
+
+
 def _count(result: Result, rig: Rig, load: Load, harm_at: float, over_at: float, deaths: list[float]) -> None:
     flows: dict[str, Flow] = {
         "uploads": load.uploads,
@@ -215,7 +229,7 @@ def _count(result: Result, rig: Rig, load: Load, harm_at: float, over_at: float,
             window_seconds=WINDOW_SECONDS,
             stored=stored,
             node_has=load.node_has if through_mqtt else None,
-            mqtt_died_at=deaths if through_mqtt else (),
+            mqtt_lost_until=_mqtt_outages(load, deaths) if through_mqtt else (),
         )
         examples = [key for key in flow.missing() if key not in stored][:5]
         if examples:

@@ -39,16 +39,16 @@ def test_what_is_stored_is_not_lost() -> None:
 
 def test_a_killed_mqtt_broker_answers_only_for_what_the_node_had_not_acknowledged() -> None:
     flow = flow_of("a", "b")
-    found = counts(flow, node_has={"a"}, mqtt_died_at=[10.0])
+    found = counts(flow, node_has={"a"}, mqtt_lost_until=[10.0])
     assert (found.lost, found.lost_by_mqtt) == (1, 1)
 
 
 def test_a_living_mqtt_broker_answers_for_nothing() -> None:
-    assert counts(flow_of("a"), node_has=set(), mqtt_died_at=[]).lost == 1
+    assert counts(flow_of("a"), node_has=set(), mqtt_lost_until=[]).lost == 1
 
 
 def test_what_a_new_mqtt_broker_accepted_after_the_death_is_the_nodes() -> None:
-    assert counts(flow_of("a", sent_at=15.0), node_has=set(), mqtt_died_at=[10.0]).lost == 1
+    assert counts(flow_of("a", sent_at=15.0), node_has=set(), mqtt_lost_until=[10.0]).lost == 1
 
 
 def test_a_repetition_with_the_same_id_is_marked() -> None:
