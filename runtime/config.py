@@ -183,6 +183,8 @@ class EdgeHubExtras(Section, frozen=True):
     "Seconds after which a stored message is dropped, into the ledger. 0: never."
     outbox_when_full: Literal["wait", "drop-oldest"] = "wait"
     "At the limit senders wait, or the oldest uploads are dropped, into the ledger. Signals always wait."
+    coalesce: list[str] = []
+    "`RESOURCE OPERATION` patterns: of uploads that match one, only the last is kept while the cloud is away."
     spill_after: Annotated[float, Meta(ge=0.01, le=3600)] = 0.2
     "Seconds without the cloud's confirmation after which a message is stored (four round trips, if that is longer)."
     window_bytes_max: Annotated[int, Meta(ge=16_384, le=2**40)] = 8 * 2**20

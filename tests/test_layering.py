@@ -39,6 +39,7 @@ EDGEHUB_CORES = (
     "backoff",
     "certificate",
     "cloud",
+    "coalescing",
     "config",
     "dispatch",
     "frames",

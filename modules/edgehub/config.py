@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from modules.edgehub.coalescing import Coalescing
 from runtime.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -104,6 +105,8 @@ class EdgeHubConfig:
     outbox_bytes: int = 512 * 2**20
     outbox_max_age_seconds: float | None = None
     "Stored messages that are older are dropped, into the ledger. None: never."
+    coalesce: tuple[str, ...] = ()
+    "`RESOURCE OPERATION` patterns: of data that matches one only the last message is kept while there is no link."
     outbox_drops_oldest: bool = False
     "At the limit drop the oldest data, into the ledger, rather than let senders wait."
     spill_seconds: float = 0.2
@@ -146,6 +149,7 @@ class EdgeHubConfig:
         ):
             if not getattr(self, name) > 0:
                 raise ConfigError(name, getattr(self, name), "seconds greater than 0")
+        Coalescing(self.coalesce)
         if self.heartbeat_seconds > self.keepalive_limit_seconds / 2:
             raise ConfigError(
                 "modules.edgeHub.heartbeat",
@@ -210,6 +214,7 @@ class EdgeHubConfig:
             outbox_bytes=extra.outbox_bytes,
             outbox_max_age_seconds=extra.outbox_max_age or None,
             outbox_drops_oldest=extra.outbox_when_full == "drop-oldest",
+            coalesce=tuple(extra.coalesce),
             spill_seconds=extra.spill_after,
             window_bytes_max=extra.window_bytes_max,
             max_content_depth=extra.max_content_depth,

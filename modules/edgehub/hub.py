@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from modules.edgehub import cloud
 from modules.edgehub.backoff import Backoff
+from modules.edgehub.coalescing import Coalescing
 from modules.edgehub.config import EdgeHubConfig
 from modules.edgehub.connection import Connection, Settles
 from modules.edgehub.dispatch import Received, Seen, destination
@@ -62,6 +63,9 @@ STATUS_OPERATION: Final = "status"
 TOO_LARGE_FOR_LINK: Final = "too-large-for-link"
 "Refusal: the message alone would hold the link for more than half the keepalive limit."
 
+COALESCED: Final = "coalesced"
+"In the ledger: a later message took its place while the cloud was away."
+
 OUTBOX_FILE: Final = "outbox.db"
 _SPILL_TOGETHER_SECONDS: Final = 0.005
 _STORE_REST_SECONDS: Final = 3.0
@@ -82,6 +86,31 @@ class _Own:
 
 
 _OWN: Final = _Own()
+
+
+class _Both:
+    """The token of two messages of which the second took the first one's place."""
+
+    def __init__(self, first: Settles, second: Settles) -> None:
+        self._tokens: list[Settles] = [*first._tokens, second] if isinstance(first, _Both) else [first, second]
+
+    def done(self) -> None:
+        for token in self._tokens:
+            token.done()
+
+    def refuse(self, reason: str) -> None:
+        for token in self._tokens:
+            token.refuse(reason)
+
+
+class _Replacement(NamedTuple):
+    """A row's new payload, ordered and not committed."""
+
+    kind: Class
+    row: int
+    sender: str
+    payload: bytes
+    token: Settles
 
 
 class _Asked:
@@ -148,6 +177,9 @@ class EdgeHub(Module):
             OutboxLimits(config.memory_messages, config.memory_bytes, config.outbox_messages, config.outbox_bytes)
         )
         self._down_since = self._loop.time()
+        self._coalescing = Coalescing(config.coalesce)
+        self._replacements: dict[int, _Replacement] = {}
+        self._replacement_number = 0
         self._open_store()
         self._bucket = TokenBucket(config.message_qps, config.message_burst)
         self._pace = Pace(
@@ -272,6 +304,7 @@ class EdgeHub(Module):
         self._announcements.put_nowait(is_connected)
         if is_connected:
             level = logging.WARNING if self._session.state is LinkState.UNPROVEN else logging.INFO
+            self._outbox.settle_places()
             self._ramp_up()
             log.log(level, "link up state=%s why=%s", self._session.state.value, self._session.why)
             if self._connection is not None:
@@ -313,16 +346,58 @@ class EdgeHub(Module):
                 self._refuse_up(message, TOO_LARGE_FOR_LINK, f"{size} bytes would hold the link for over {limit:g} s")
         kind = Class.SIGNAL if cloud.is_signal(message, delivery.priority) else Class.DATA
         outbox = self._outbox
+        key = ""
+        if self._coalescing and kind is Class.DATA and not delivery.expects_reply and self._may_coalesce():
+            key = self._coalescing.key(message) or ""
+            if key and self._outbox.has_place(key, kind):
+                self._coalesce(key, payload, message, kind)
+                return
         while not outbox.has_room(kind, size):
             await self._wait_room()
         if delivery.expects_reply:
             self._ask(message, payload, kind, delivery.ttl_ms)
         else:
-            outbox.put(payload, message.defer(), kind, sender=delivery.sender, now=self._loop.time())
+            outbox.put(payload, message.defer(), kind, sender=delivery.sender, now=self._loop.time(), key=key)
             if self._spill_timer is None and self._store is not None:
                 self._arm_spill()
         if self._connection is not None:
             self._connection.wake()
+
+    def _may_coalesce(self) -> bool:
+        """Without a link, and with nothing in doubt that was written to the last one."""
+        return self._store is not None and not self._session.is_open and not self._outbox.unconfirmed
+
+    def _coalesce(self, key: str, payload: bytes, message: Message, kind: Class) -> None:
+        """Let the message take the place of the last one like it."""
+        store = self._store
+        assert store is not None, "asked by _may_coalesce"
+        sender = message.delivery.sender
+        deferral = message.defer()
+        row = self._outbox.coalesce(key, payload, deferral, kind, sender=sender, merge=_Both)
+        if row == 0:
+            store.do(lambda file: file.note(kind, COALESCED, 1, 0), lambda _: None)
+            return
+        self._replacement_number += 1
+        number = self._replacement_number
+        self._replacements[number] = _Replacement(kind, row, sender, payload, deferral)
+        store.do(lambda file: file.replace(kind, row, sender, payload, COALESCED), partial(self._on_replaced, number))
+
+    def _on_replaced(self, number: int, was_there: bool) -> None:
+        replacement = self._replacements.pop(number, None)
+        if replacement is None:
+            return  # the file was damaged meanwhile: it has been put anew
+        self._outbox.replaced(replacement.kind, replacement.row, replacement.payload)
+        if was_there:
+            replacement.token.done()
+        else:
+            self._put_anew(replacement)
+
+    def _put_anew(self, replacement: _Replacement) -> None:
+        """Its row was dropped or lost before the commit."""
+        kind, _, sender, payload, token = replacement
+        self._outbox.put(payload, token, kind, sender=sender, now=self._loop.time())
+        if self._spill_timer is None:
+            self._arm_spill()
 
     def _refuse_up(self, message: Message, reason: str, text: str) -> None:
         self._counts["refused_up"] += 1
@@ -496,6 +571,9 @@ class EdgeHub(Module):
         if gone and self._store is not None:
             self._count_dropped("outbox-damaged", gone)
             self._store.note_many(Class.DATA, "outbox-damaged", gone)
+        replacements, self._replacements = list(self._replacements.values()), {}
+        for replacement in replacements:
+            self._put_anew(replacement)
         if self._parking is not None:
             objects, not_parked = self._parking.damaged()
             self._counts["objects_dropped"] += objects
@@ -779,7 +857,7 @@ class EdgeHub(Module):
             "stored": self._outbox.stored_messages,
             "stored_bytes": self._outbox.stored_bytes,
             "store_failing": self._store.failing if self._store is not None else None,
-            "dropped": self._counts["dropped"],
+            "dropped": self._outbox.dropped_messages - self._outbox.dropped_in_vain,
             "parked": self._parking.by_owner() if self._parking is not None else {},
             "rtt_ms": None if window is None or window.rtt_seconds is None else round(window.rtt_seconds * 1000, 3),
             "window_bytes": None if window is None else window.size_bytes,
@@ -798,6 +876,8 @@ class EdgeHub(Module):
         counts["restored"] = self._outbox.restored
         counts["held"] = self._outbox.held_messages
         counts["given_up"] = self._outbox.given_up
+        counts["coalesced"] = self._outbox.coalesced
+        counts["dropped"] = self._outbox.dropped_messages - self._outbox.dropped_in_vain
         counts["ledger_mismatch"] = abs(self._outbox.mismatch) + self._file_mismatch
         counts["unconfirmed"] = self._outbox.unconfirmed
         counts["waiting_signals"] = self._outbox.waiting(Class.SIGNAL)

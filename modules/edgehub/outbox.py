@@ -17,7 +17,7 @@ always a prefix of it, so rows are numbered in the order in which messages were 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final, Generic, NamedTuple, TypeVar
@@ -38,6 +38,8 @@ POISON_LOSSES: Final = 6
 "Three more cuts while it was alone under way: it is given up, or it would cut the link for ever."
 LOADED_BYTES: Final = 512 * 1024
 "Of each class so much of what is stored is held in memory, ready to be written."
+COALESCED_KEYS: Final = 4096
+"Of each class so many keys are known; a message with a further one stands for itself."
 SPILL_MESSAGES: Final = 4096
 "Messages in one order to store; further ones follow."
 
@@ -56,7 +58,7 @@ class OutboxLimits:
 class Entry(Generic[T]):
     """One message on its way up."""
 
-    __slots__ = ("confirmed", "is_volatile", "kind", "payload", "row", "sender", "since", "storing", "token")
+    __slots__ = ("confirmed", "is_volatile", "key", "kind", "payload", "row", "sender", "since", "storing", "token")
 
     def __init__(
         self, payload: bytes, token: T | None, kind: Class, sender: str, since: float, is_volatile: bool, row: int
@@ -70,6 +72,7 @@ class Entry(Generic[T]):
         self.row = row  # its number on disk; 0 = none
         self.storing = False  # ordered to be stored, not committed yet
         self.confirmed = False
+        self.key = ""  # what a later message may take its place by
 
 
 class StoredRow(NamedTuple):
@@ -108,6 +111,8 @@ class _Queue(Generic[T]):
         self.memory_bytes = 0
         self.is_reading = False
         self.delete_upto = 0
+        self.latest: dict[str, Entry[T] | tuple[int, int]] = {}  # by key: what waits; or its row and size, on disk
+        self.replaced: dict[int, bytes] = {}  # rows whose new payload is ordered and not committed
         self.done_row = 0  # the cloud has all rows up to this one
 
     @property
@@ -144,6 +149,8 @@ class Outbox(Generic[T]):
         self.given_up = 0
         self.dropped_messages = 0
         "Dropped after acceptance; they are in the ledger."
+        self.coalesced = 0
+        "Those of them whose place a later one took."
         self.dropped_in_vain = 0
         "Those of them that were under way all the same, or with the cloud already."
 
@@ -181,10 +188,11 @@ class Outbox(Generic[T]):
         sender: str = "",
         now: float = 0.0,
         is_volatile: bool = False,
+        key: str = "",
     ) -> None:
         """Queue it. Ask `has_room` first, but for edgehub's own ACKs: they are bounded by what they answer.
 
-        `is_volatile`: it is never stored (requests, ACKs) and passes what is.
+        `is_volatile`: it is never stored (requests, ACKs) and passes what is. `key`: see `coalesce`.
         """
         queue = self._queues[kind]
         entry: Entry[T] = Entry(payload, token, kind, sender, now, is_volatile, 0)
@@ -192,6 +200,56 @@ class Outbox(Generic[T]):
         self.accepted += 1
         queue.memory_messages += 1
         queue.memory_bytes += len(payload)
+        if key and len(queue.latest) < COALESCED_KEYS:
+            entry.key = key
+            queue.latest[key] = entry
+
+    def has_place(self, key: str, kind: Class) -> bool:
+        """Whether a message with this `key` waits."""
+        return key in self._queues[kind].latest
+
+    def coalesce(
+        self, key: str, payload: bytes, token: T, kind: Class, *, sender: str, merge: Callable[[T, T], T]
+    ) -> int:
+        """Let a message take the place of the one with the same `key` that waits (`has_place`); only without a link.
+
+        0: done, in memory; both tokens, merged, are settled together. Else the number
+        of a row: have its payload replaced on disk, then call `replaced`, and settle the token yourself.
+        """
+        queue = self._queues[kind]
+        place = queue.latest[key]
+        self.accepted += 1
+        self.dropped_messages += 1
+        self.coalesced += 1
+        if isinstance(place, tuple):
+            row, size = place
+            queue.latest[key] = (row, len(payload))
+            queue.stored_bytes += len(payload) - size
+            queue.replaced[row] = payload
+            return row
+        growth = len(payload) - len(place.payload)
+        place.payload, place.sender = payload, sender
+        if place.row == 0 or place.storing:
+            queue.memory_bytes += growth
+        else:
+            queue.stored_bytes += growth
+            queue.loaded_bytes += growth
+        if place.row == 0 and place.token is not None:
+            place.token = merge(place.token, token)
+            return 0
+        queue.replaced[place.row] = payload
+        return place.row
+
+    def replaced(self, kind: Class, row: int, payload: bytes) -> None:
+        """The row's new payload is committed (or there is no such row any more)."""
+        queue = self._queues[kind]
+        if queue.replaced.get(row) is payload:
+            del queue.replaced[row]
+
+    def settle_places(self) -> None:
+        """A link is there: from now on every message stands for itself."""
+        for queue in self._queues:
+            queue.latest.clear()
 
     # --- out -----------------------------------------------------------------------------------
 
@@ -443,6 +501,8 @@ class Outbox(Generic[T]):
                 queue.loaded.append(entry)
                 queue.loaded_bytes += len(entry.payload)
                 queue.cursor = entry.row
+            elif entry.key and queue.latest.get(entry.key) is entry:
+                queue.latest[entry.key] = (entry.row, len(entry.payload))
         return settled
 
     def wanted(self) -> list[tuple[Class, int]]:
@@ -463,12 +523,17 @@ class Outbox(Generic[T]):
             if queue.cursor == after:
                 queue.cursor = queue.committed_row  # a file begun anew: what was there is gone
             return
+        places = {place[0]: key for key, place in queue.latest.items() if isinstance(place, tuple)}
         for row in rows:
             if row.row != queue.cursor + 1 or row.row > queue.committed_row:
                 continue  # it came into memory another way, or was dropped meanwhile
-            entry: Entry[T] = Entry(row.payload, None, kind, row.sender, now, False, row.row)
+            payload = queue.replaced.get(row.row, row.payload)
+            entry: Entry[T] = Entry(payload, None, kind, row.sender, now, False, row.row)
             queue.loaded.append(entry)
-            queue.loaded_bytes += len(row.payload)
+            queue.loaded_bytes += len(payload)
+            if row.row in places:
+                entry.key = places[row.row]
+                queue.latest[entry.key] = entry
             queue.cursor = row.row
 
     def deletions(self) -> list[tuple[Class, int]]:
@@ -490,6 +555,9 @@ class Outbox(Generic[T]):
         self.dropped_in_vain += late
         queue.stored_messages = max(0, queue.stored_messages - (messages - late))
         queue.stored_bytes = max(0, queue.stored_bytes - size_bytes * (messages - late) // max(1, messages))
+        for key, place in list(queue.latest.items()):
+            if 0 < (place[0] if isinstance(place, tuple) else place.row) <= upto:
+                del queue.latest[key]
         while queue.loaded and queue.loaded[0].row <= upto:
             queue.loaded_bytes -= len(queue.loaded.popleft().payload)
         for entry in self._unconfirmed:
@@ -507,6 +575,8 @@ class Outbox(Generic[T]):
         gone = 0
         for queue in self._queues:
             gone += queue.unloaded
+            queue.latest.clear()
+            queue.replaced.clear()
             queue.storing.clear()
             for entry in queue.loaded:
                 self._unstore(queue, entry)

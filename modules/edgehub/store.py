@@ -254,6 +254,20 @@ class OutboxFile:
         cursor.close()
         return rows
 
+    def replace(self, kind: int, number: int, sender: str, payload: bytes, reason: str) -> bool:
+        """Let a message take the place of the one in row `number`, which goes into the ledger. False: no such row."""
+        table = CLASSES[kind]
+        old = self._db.execute(f"SELECT size FROM {table} WHERE row = ?", (number,)).fetchone()
+        self.note(kind, reason, 1, old[0] if old is not None else 0)
+        if old is None:
+            return False
+        self._db.execute(
+            f"UPDATE {table} SET size = ?, sender = ?, payload = ? WHERE row = ?",
+            (len(payload), sender, payload, number),
+        )
+        self._grow(kind, len(payload) - old[0])
+        return True
+
     def delete(self, kind: int, upto: int) -> None:
         """The cloud has all up to row `upto`."""
         self._delete(kind, upto, "confirmed")

@@ -146,7 +146,7 @@ def test_what_is_dropped_while_it_is_under_way_is_counted_once(tmp_path: Path, m
                 asyncio.create_task(hand_over(hub, upload(number, pad="x" * 1000)), name=f"upload {number}")
                 for number in range(100)
             ]
-            await until(lambda: hub.counters()["dropped"] > 0, "the policy")
+            await until(lambda: hub._outbox.dropped_messages > 0, "the policy")
             assert hub.counters()["ledger_mismatch"] == 0
             cloud.answers_barriers = True
             cloud.link.lose("dead", is_cut_by_cloud=False)
