@@ -25,7 +25,10 @@ from chaos.places import NODE
 from chaos.rig import Rig
 
 REPEAT_SECONDS: Final = 2.0
-"The cloud application asks again when no answer has come for so long."
+"The cloud application asks again when no answer has come for so long; then after twice that, and so on."
+REPEAT_MAX_SECONDS: Final = 8.0
+REPEATS_PER_SECOND: Final = 100.0
+"At least so many may be asked again, once no new ones are asked."
 OUTSTANDING_COMMANDS: Final = 1500
 "Unanswered; no new ones beyond."
 OBJECTS_PER_SECOND: Final = 20.0
@@ -131,6 +134,8 @@ class Load:
         self.subscribed: list[float] = []
         self.asked: dict[int, float] = {}
         "Unanswered commands, with the time of the last asking."
+        self._asked_again: dict[int, int] = {}
+        self._repeats = 0.0
         self.asks = 0
         self.asks_that_came = 0
         self.asks_refused = 0
@@ -161,7 +166,17 @@ class Load:
         while self._owed[0] >= 1.0:
             self._owed[0] -= 1.0
             self.publish_one(now)
-        due = [number for number, at in self.asked.items() if now - at > REPEAT_SECONDS][:500]
+        # As an application behaves that does not want to bury a node that is slow already: later each time, and
+        # not more often than it may ask anew.
+        self._repeats = min(self._repeats + max(self.command_rate, REPEATS_PER_SECOND) * passed, 50.0)
+        due = []
+        for number, at in self.asked.items():
+            if self._repeats < 1.0:
+                break
+            if now - at > min(REPEAT_SECONDS * 2 ** self._asked_again.get(number, 0), REPEAT_MAX_SECONDS):
+                self._repeats -= 1.0
+                self._asked_again[number] = self._asked_again.get(number, 0) + 1
+                due.append(number)
         while self._owed[1] >= 1.0 and len(self.asked) < OUTSTANDING_COMMANDS:
             self._owed[1] -= 1.0
             due.append(self.next_command(now))
