@@ -177,7 +177,8 @@ def test_nothing_is_lost_when_all_processes_are_killed_at_the_same_moment(site: 
 
 
 def test_what_was_accepted_while_the_cloud_was_away_survives_the_death_of_every_process(site: Site) -> None:
-    site.control("/faults", {"fault": "restart", "seconds": 4.0})
+    site.control("/faults", {"fault": "refuse"})
+    site.control("/faults", {"fault": "drop"})
     site.until(lambda: not site.is_served(), "the link to be lost")
     wanted = [f'{{"away": {n}}}' for n in range(100)]
     site.publish(*wanted)
@@ -186,6 +187,7 @@ def test_what_was_accepted_while_the_cloud_was_away_survives_the_death_of_every_
     pids = {name: site.wait_running(name) for name in ("broker", "edgehub", "eventbus")}
     for pid in pids.values():
         os.kill(pid, signal.SIGKILL)
+    site.control("/faults", {"fault": "clear"})
     site.until(lambda: [each for each in site.uploads(TOPIC) if "away" in each] == wanted, "them to go up, in order")
     for name, pid in pids.items():
         site.wait_running(name, not_pid=pid)
