@@ -104,8 +104,12 @@ class ByteWindow:
         if queued_seconds > TARGET_SECONDS:
             shrunk = int(self._size * TARGET_SECONDS / queued_seconds)
             self._size = min(self._max_bytes, max(FLOOR_BYTES, shrunk, self._size // 4))
-        elif self._was_full and queued_seconds < TARGET_SECONDS / 2 and size * 4 >= self._size:
-            # A barrier over little would be quick on the slowest link.
+        elif (
+            self._was_full
+            # A barrier over little is quick on the slowest link: what counts is what a whole window would take.
+            and size * 4 >= self._size
+            and queued_seconds * max(1.0, self._size / size) < TARGET_SECONDS / 2
+        ):
             self._size = min(self._max_bytes, self._size * 2)
         self._was_full = False
         if size >= _RATE_SAMPLE_BYTES:

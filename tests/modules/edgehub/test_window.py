@@ -61,6 +61,19 @@ def test_a_link_that_turns_slow_shrinks_it_within_a_few_barriers() -> None:
     assert FLOOR_BYTES <= window.size_bytes <= 20_000
 
 
+def test_a_barrier_over_a_part_of_the_window_does_not_widen_it_on_a_slow_link() -> None:
+    window = ByteWindow(8 * 2**20)
+    window.barrier_sent(now=0.0)
+    window.barrier_passed(now=0.001)  # as behind the greeting
+    for begun in range(1, 20):
+        now = float(begun)
+        window.wrote(START_BYTES // 2, now=now)
+        window.barrier_sent(now=now)
+        window.room(START_BYTES)  # full
+        window.barrier_passed(now=now + 0.001 + START_BYTES / 2 / 100_000)
+    assert window.size_bytes == START_BYTES
+
+
 def test_the_rate_is_measured_in_bytes_per_second() -> None:
     window = ByteWindow(8 * 2**20)
     push(window, rate=200_000, rtt=0.05, rounds=30)
