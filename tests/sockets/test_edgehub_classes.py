@@ -84,7 +84,7 @@ def test_signals_pass_a_backlog_on_a_narrow_line_and_no_keepalive_is_missed(
                     for number in range(SIGNALS):
                         sent[number] = time.monotonic()
                         await hand_over(hub, signal(number), priority=Priority.SIGNAL)
-                        await asyncio.sleep(chance.uniform(0.02, 0.22))
+                        await asyncio.sleep(chance.uniform(0.02, 0.14))
                         widest = max(widest, hub.counters()["window_bytes"])
                     with pytest.raises(Refused, match="too-large-for-link"):
                         await hand_over(hub, upload(0, pad="x" * 8 * 2**20))
