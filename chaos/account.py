@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
+from typing import Final
 
-
-class Mark(enum.Enum):
-    """What is known of an arrival beyond the first."""
-
-    MARKED = "marked"
-    "The receiver was told that it may be a repetition: `redelivered`, or the same message id in the cloud."
-    PLAIN = "plain"
+_MARGIN_SECONDS: Final = 0.5
+"Between what happened to the MQTT broker and when it was noticed."
 
 
 @dataclass(slots=True)
@@ -70,6 +65,10 @@ class Flow:
         """Accepted and not arrived."""
         return sorted(self.accepted_at.keys() - self.came_at.keys())
 
+    def is_mqtts(self, key: str, lost_until: Iterable[float]) -> bool:
+        """Whether the message was accepted by an MQTT broker that lost all it had at one of those moments."""
+        return any(self.accepted_at[key] <= until + _MARGIN_SECONDS for until in lost_until)
+
     def counts(
         self,
         *,
@@ -91,11 +90,7 @@ class Flow:
         for key in self.missing():
             if key in stored:
                 counts.stored += 1
-            elif (
-                node_has is not None
-                and key not in node_has
-                and any(self.accepted_at[key] <= until + 0.5 for until in outages)
-            ):
+            elif node_has is not None and key not in node_has and self.is_mqtts(key, outages):
                 counts.lost_by_mqtt += 1
             else:
                 counts.lost += 1

@@ -14,6 +14,7 @@ import time
 import uuid
 import zlib
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -362,14 +363,26 @@ class Load:
 
     # --- asking -------------------------------------------------------------------------------------------------
 
-    def is_settled(self) -> bool:
-        """All that was published is acknowledged and has arrived, all commands are answered."""
-        return (
-            len(self.uploads.accepted_at) == len(self.uploads.sent_at)
-            and len(self.answers.accepted_at) == len(self.answers.sent_at)
-            and not self.asked
-            and not any(flow.missing() for flow in (self.uploads, self.answers, self.made, self.kept))
-        )
+    def is_settled(self, mqtt_lost_until: Sequence[float] = ()) -> bool:
+        """All that was published is acknowledged and has arrived, all commands are answered.
+
+        Not waited for: what an MQTT broker accepted up to one of those moments and the node never had.
+        """
+        if (
+            len(self.uploads.accepted_at) != len(self.uploads.sent_at)
+            or len(self.answers.accepted_at) != len(self.answers.sent_at)
+            or self.asked
+            or any(flow.missing() for flow in (self.made, self.kept))
+        ):
+            return False
+        for flow in (self.uploads, self.answers):
+            missing = flow.missing()
+            if missing and not mqtt_lost_until:
+                return False
+            for key in missing:
+                if key in self.node_has or not flow.is_mqtts(key, mqtt_lost_until):
+                    return False
+        return True
 
     def close(self) -> None:
         for device in self._devices:

@@ -22,6 +22,8 @@ AFTER_SECONDS: Final = 5.0
 RECOVERY_LIMIT_SECONDS: Final = 25.0
 QUIET_SECONDS: Final = 0.7
 "After everything has arrived: time for a duplicate to show."
+MQTT_SECONDS: Final = 2.0
+"Without progress, until what a dead MQTT broker had is given up."
 PATIENCE_SECONDS: Final = 15.0
 "Without any progress for so long, what has not arrived will not."
 DRAIN_LIMIT_SECONDS: Final = 40.0
@@ -152,7 +154,10 @@ def run_cell(cell: Cell, rig: Rig, load: Load, rates: tuple[float, float], chanc
     def is_quiet() -> bool:
         nonlocal settled_at
         now = time.monotonic()
-        if load.is_settled() and now > end_of_load + 0.3:
+        # A broker that forgot messages may still be about to hand over others.
+        patience = MQTT_SECONDS if rig.mqtt_deaths[deaths:] else 0.3
+        lost_until = _mqtt_outages(load, rig.mqtt_deaths[deaths:])
+        if now > max(end_of_load, load.last_progress) + patience and load.is_settled(lost_until):
             settled_at = settled_at or now
             return now > settled_at + QUIET_SECONDS
         settled_at = None
