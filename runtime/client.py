@@ -10,7 +10,7 @@ the loop is idle.
 
 from __future__ import annotations
 
-import runtime.libraries  # noqa: F401  (first: see there)
+import runtime.libraries
 
 # isort: split
 

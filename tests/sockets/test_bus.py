@@ -769,7 +769,10 @@ def test_the_byte_budget_pushes_back_and_nothing_is_lost(tmp_path: Path) -> None
                 assert [r for r in inbox.resources if r.startswith(name)] == [f"{name}/{n}" for n in range(300)]
             assert broker.held()["bytes_held"] == 0
 
-    with ThreadBroker(tmp_path, declared={"declared": ()}, byte_budget=200_000, reserve_bytes=10_000) as broker:
+    small = emp.Limits(batch_messages=32, batch_bytes=8192)  # the budget is kept to a batch
+    with ThreadBroker(
+        tmp_path, declared={"declared": ()}, limits=small, byte_budget=200_000, reserve_bytes=10_000
+    ) as broker:
         run(scenario(broker))
 
 
