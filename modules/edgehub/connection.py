@@ -96,6 +96,11 @@ class Connection:
     def window(self) -> ByteWindow:
         return self._window
 
+    @property
+    def is_reading_stopped(self) -> bool:
+        """Modules hold up what comes down, so nothing is read: the pongs behind it neither."""
+        return self._is_reading_stopped
+
     def wake(self) -> None:
         """There may be something to write."""
         self._work.set()

@@ -509,9 +509,13 @@ class EdgeHub(Module):
         """Seconds that a message may wait in memory to be written.
 
         On a link that works it is better to wait than to wear the flash; not so much that a reboot of the sender's
-        machine becomes likely. Without a link there is nothing to wait for but a quick reconnect.
+        machine becomes likely. Without a link there is nothing to wait for but a quick reconnect, and where modules
+        hold up what comes down no pong is read.
         """
-        return _PATIENCE_SECONDS if self._session.is_open else self._config.spill_seconds
+        connection = self._connection
+        if not self._session.is_open or (connection is not None and connection.is_reading_stopped):
+            return self._config.spill_seconds
+        return _PATIENCE_SECONDS
 
     def _store_older_than(self, written_before: float, put_before: float) -> None:
         store = self._store

@@ -340,3 +340,10 @@ class DiskMachine(RuleBasedStateMachine):
 
 TestOutboxOnDisk = DiskMachine.TestCase
 TestOutboxOnDisk.settings = settings(max_examples=120, stateful_step_count=60, deadline=None)
+
+
+def test_what_waits_is_stored_only_behind_what_was_written_before_it() -> None:
+    box = box_with("a", "b", now=1.0)
+    box.take(10_000, max_messages=1, max_data=None, now=5.0)
+    assert box.spill(Class.DATA, 2.0, 0.5) == [], "neither is due"
+    assert [row.payload for row in box.spill(Class.DATA, 2.0, 3.0)] == [b"a", b"b"], "b is, and a comes first"
