@@ -24,7 +24,7 @@ CELLS = (
     "edgehub:SIGKILL offline",
     "keeper:SIGSTOP replaced",
     "link:dropped",
-    "everything:power loss offline",
+    "eventbus:SIGKILL",
 )
 
 
