@@ -64,6 +64,8 @@ MAX_PACKET_BYTES: Final = 16 * 2**20
 "A longer PUBLISH is skipped and reported; beyond what the bus carries in any configuration we expect."
 BACKLOG_BYTES: Final = 1 << 20
 "Read and not yet parsed; from there on the socket is left alone, and TCP holds up the broker."
+SET_ASIDE_BYTES: Final = 32 << 20
+"Of messages beyond our window, read because a PUBACK may stand behind them: brokers do not always keep to the window."
 MQTT5: Final = MQTTProtocolVersion.MQTTv5
 MQTT311: Final = MQTTProtocolVersion.MQTTv311
 _UNSUPPORTED_VERSION: Final = 0x84
@@ -470,7 +472,7 @@ class _Wire(asyncio.Protocol):
     def _parse(self) -> None:
         """Take packets, as many as fit into one turn.
 
-        While the owner has paused, PUBLISHes are set aside, up to BACKLOG_BYTES, and what stands between them is
+        While the owner has paused, PUBLISHes are set aside, up to SET_ASIDE_BYTES, and what stands between them is
         taken: it may be the PUBACK that, by way of the bus and the cloud, the messages in hand wait for.
         """
         client, owner = self._owner._client, self._owner
@@ -483,7 +485,7 @@ class _Wire(asyncio.Protocol):
         try:
             for _ in range(PACKETS_PER_TURN):
                 is_paused = owner._is_paused and owner._is_open
-                if is_paused and self._set_aside_bytes > BACKLOG_BYTES:
+                if is_paused and self._set_aside_bytes > SET_ASIDE_BYTES:
                     break
                 packet: InPublish | bytes | None
                 if self._set_aside and not is_paused:

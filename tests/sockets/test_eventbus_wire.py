@@ -317,15 +317,15 @@ def test_commands_get_done_while_the_window_is_full_of_uploads_that_wait_for_the
     async def scenario() -> None:
         async with fake_broker() as broker, hosted(module(broker, tmp_path, receive_window=10), holding()) as host:
             await ready(host)
-            broker.last.send(b"".join(publish(TOPIC, b"%d" % mid, mid) for mid in range(1, 31)))
+            broker.last.send(b"".join(publish(TOPIC, b"%d" % mid, mid) for mid in range(1, 8001)))
             await until(lambda: host.count("in_hand") == 11)
             results = [await host.deliver(command(b"%d" % n)) for n in range(3)]
             await until(lambda: all(result.outcome == "done" for result in results))
             assert host.count("in_hand") == 11
             host.bus.is_holding = False
             host.bus.release()
-            await until(lambda: broker.last.pubacks == list(range(1, 31)), "every PUBACK")
-            assert host.bus.payloads == [b"%d" % n for n in range(1, 31)]
+            await until(lambda: broker.last.pubacks == list(range(1, 8001)), "every PUBACK")
+            assert host.bus.payloads == [b"%d" % n for n in range(1, 8001)]
 
     run(scenario())
 
