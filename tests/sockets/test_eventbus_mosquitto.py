@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -521,6 +522,7 @@ def test_D_V_9_a_server_that_the_ca_did_not_sign_is_not_trusted(
 
     with tls_broker(tmp_path) as broker:
         run(scenario(broker))
+    gc.collect()  # here, where it is expected, and not in some later test
     assert "CERTIFICATE_VERIFY_FAILED" in caplog.text
 
 
