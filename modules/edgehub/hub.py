@@ -48,6 +48,7 @@ from modules.edgehub.session import (
 from modules.edgehub.store import Dropped, Row, Store
 from modules.edgehub.sync_keeper import Late, Question, SyncKeeper
 from modules.edgehub.window import TokenBucket
+from runtime import memory
 from runtime.emp import EXPIRED, FAILED, GONE, INVALID, OVERFLOW, TOO_LARGE, UNROUTABLE, Priority
 from runtime.errors import InvalidMessage, MalformedMessage, MessageTooLarge, NotHandled, Refused, UsageError
 from runtime.message import Deferral, Message, from_cloud_json
@@ -70,6 +71,7 @@ OUTBOX_FILE: Final = "outbox.db"
 _SPILL_TOGETHER_SECONDS: Final = 0.005
 _STORE_REST_SECONDS: Final = 3.0
 _PATIENCE_SECONDS: Final = 10.0
+_SETTLE_SECONDS: Final = 2.0
 _WARN_SECONDS: Final = 10.0
 "A warning of one kind at most so often; the counters have the rest."
 _EXCERPT_BYTES: Final = 200
@@ -157,6 +159,7 @@ class EdgeHub(Module):
         self._warned: dict[str, float] = {}
         self._room_waiters: list[asyncio.Future[None]] = []
         self._keeper_timer: asyncio.TimerHandle | None = None
+        self._is_settled = False
         self._store: Store | None = None
         self._parking: Parking | None = None
         self._file_mismatch = 0
@@ -307,6 +310,9 @@ class EdgeHub(Module):
             self._outbox.settle_places()
             self._ramp_up()
             log.log(level, "link up state=%s why=%s", self._session.state.value, self._session.why)
+            if not self._is_settled:
+                self._is_settled = True  # the first handshake has left garbage of OpenSSL's and asyncio's
+                self._loop.call_later(_SETTLE_SECONDS, memory.settle)
             if self._connection is not None:
                 self._connection.wake()
 
