@@ -31,7 +31,8 @@ from runtime.config import NodeConfig, load
 from runtime.errors import EdgezmqError
 from runtime.exits import stopped_status
 from runtime.home import Home, find_home
-from runtime.routing import BrokerLimits, Credentials, Life, Out, Peer, RoutingCore
+from runtime.routing import BrokerLimits, Life, Out, RoutingCore
+from runtime.routing_state import Credentials, Peer
 from runtime.sockets import is_readable, receive_routed, send_routed
 
 log = logging.getLogger("runtime.broker")

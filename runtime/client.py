@@ -907,7 +907,7 @@ class Bus:
                 number = arrival.first
                 for message in arrival.messages:
                     now = clock()
-                    if now - core._last_ok > liveness:  # rule 21
+                    if now - core.last_ok > liveness:  # rule 21
                         await self._wait_fresh()
                         now = clock()
                     if self._draining:
@@ -926,7 +926,7 @@ class Bus:
                             lane.done = number
                             if not lane.dirty:
                                 lane.dirty = True
-                                core._dirty.append(lane)
+                                core.dirty_lanes.append(lane)
                         else:
                             core.finish(lane, number, reason)
                     number += 1

@@ -306,12 +306,14 @@ class ClientCore:
         self._nonce = 0
         self._ping_at = 0.0
         self._pinged: tuple[int, float] | None = None  # nonce and time of the PING that is not answered
-        self._last_ok = float("-inf")  # when the last answered PING was sent
+        self.last_ok = float("-inf")
+        "When the last answered PING was sent; beyond `liveness_seconds` nothing new is handled (rule 21)."
         self.lanes: dict[tuple[str, int], OutLane] = {}
         self._unflushed: list[OutLane] = []
         self._in: dict[tuple[bytes, str, int], InLane] = {}
         self._generations: dict[str, int] = {}
-        self._dirty: list[InLane] = []
+        self.dirty_lanes: list[InLane] = []
+        "Lanes with something finished that no ACK has told yet."
         self._lazy: list[InLane] = []
         self._waiters: dict[str, Any] = {}
         self._retained: dict[tuple[str, str], _Retained] = {}
@@ -417,7 +419,7 @@ class ClientCore:
                     unsent = lane.unsent
                     while unsent:
                         self._send(lane, unsent.popleft(), now)
-            while self._dirty:
+            while self.dirty_lanes:
                 self._acknowledge()
 
     def flush_lane(self, lane: OutLane, now: float) -> None:
@@ -550,7 +552,7 @@ class ClientCore:
 
     def is_fresh(self, now: float) -> bool:
         """Whether a handler may start: the broker answered a PING sent within the liveness time (rule 21)."""
-        return now - self._last_ok <= self.liveness_seconds
+        return now - self.last_ok <= self.liveness_seconds
 
     def ask_fresh(self, now: float) -> None:
         """We were stopped, or cut off: ask before working on. Handlers wait until `is_fresh`."""
@@ -587,7 +589,7 @@ class ClientCore:
             self._on_settled(header)
         elif verb == emp.PONG:
             if self._pinged is not None and header.nonce == self._pinged[0]:
-                self._last_ok = self._pinged[1]
+                self.last_ok = self._pinged[1]
                 self._pinged = None
         elif verb == emp.WELCOME:
             self._on_welcome(header, now)
@@ -888,18 +890,18 @@ class ClientCore:
                 late.discard(lane.done)
             if not lane.dirty:
                 lane.dirty = True
-                (self._dirty if lane.priority > LAZY_PRIORITY or lane.failed else self._lazy).append(lane)
+                (self.dirty_lanes if lane.priority > LAZY_PRIORITY or lane.failed else self._lazy).append(lane)
         else:
             lane.late.add(number)
 
     def _mark(self, lane: InLane) -> None:
         if not lane.dirty:
             lane.dirty = True
-            self._dirty.append(lane)
+            self.dirty_lanes.append(lane)
 
     @property
     def has_acks(self) -> bool:
-        return bool(self._dirty)
+        return bool(self.dirty_lanes)
 
     @property
     def has_lazy_acks(self) -> bool:
@@ -908,12 +910,12 @@ class ClientCore:
 
     def flush_lazy(self) -> None:
         """The next `flush` sends the lazy ACKs too."""
-        self._dirty.extend(self._lazy)
+        self.dirty_lanes.extend(self._lazy)
         self._lazy.clear()
 
     def _acknowledge(self) -> None:
         """One ACK for all lanes on which something was finished. Only what this session delivered (rule 7)."""
-        dirty, self._dirty = self._dirty + self._lazy, []
+        dirty, self.dirty_lanes = self.dirty_lanes + self._lazy, []
         self._lazy = []
         entries: list[tuple[int, int, list[tuple[int, str]]]] = []
         room = emp.MAX_EXCEPTIONS

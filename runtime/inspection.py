@@ -13,14 +13,13 @@ from typing import Any, Final
 import msgpack
 
 from runtime import emp
+from runtime.routing_state import Peer
 
 LEASE_SECONDS: Final = 10.0
 MAX_STREAMS: Final = 32
 MAX_CREDIT: Final = 10_000
 MAX_QUESTION_BYTES: Final = 65536
 PRESENCE_CREDIT: Final = 1000
-
-Peer = tuple[int, bytes]
 
 
 class _Stream:

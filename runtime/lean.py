@@ -8,6 +8,7 @@ hashes. Where a process needs none of it, they are hidden while such a library i
 from __future__ import annotations
 
 import sys
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -31,3 +32,19 @@ def without(*names: str) -> Iterator[None]:
         for name in hidden:
             if name in modules and modules[name] is None:
                 del modules[name]
+
+
+@contextmanager
+def absent(name: str) -> Iterator[None]:
+    """`import name` gives an empty module meanwhile, for a library that imports a part it then never uses.
+
+    One that is loaded already stays, and a later import outside is the real one.
+    """
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = types.ModuleType(name)
+    try:
+        yield
+    finally:
+        del sys.modules[name]

@@ -13,7 +13,6 @@ name with its mailbox, which is its outlets; its *incarnation* is the process th
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -24,15 +23,24 @@ from runtime.errors import MalformedFrame
 from runtime.inspection import Inspection
 from runtime.message import split_batch
 from runtime.names import group_name, is_group
-
-Peer = tuple[int, bytes]
-"The broker's socket and the routing id that libzmq gave the connection."
+from runtime.routing_state import (
+    LATENCY_BOUNDS_SECONDS,
+    PRIORITIES,
+    Batch,
+    Credentials,
+    Feed,
+    Incarnation,
+    Lane,
+    Module,
+    Outlet,
+    Peer,
+    Retained,
+    Usage,
+    has_batches,
+)
 
 REPLY: Final = int(emp.Priority.REPLY)
-PRIORITIES: Final = len(emp.Priority)
 MAX_GENERATION: Final = 2**62
-LATENCY_BOUNDS_SECONDS: Final = (0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0)
-"Upper bounds of the buckets in which a message's time in the broker is counted."
 MAX_ACCOUNTS: Final = 256
 "Of a declared module: accounts of destinations that are kept when none of its processes has a lane there."
 MAX_PEERS: Final = 65536
@@ -54,16 +62,6 @@ class Life(NamedTuple):
     "attached, back, silent, gone or fenced."
     pid: int
     credentials: Credentials
-
-
-class Credentials(msgspec.Struct, frozen=True):
-    """What the kernel or ZAP says of a peer; -1 = unknown."""
-
-    uid: int = -1
-    gid: int = -1
-    pid: int = -1
-    key: str = ""
-    "The CURVE public key that ZAP accepted, in Z85, or empty."
 
 
 class AccessPolicy(Protocol):
@@ -109,265 +107,6 @@ class BrokerLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_retained_bytes: int = 8 * 2**20
 
 
-class _Batch:
-    __slots__ = (
-        "arrived",
-        "body",
-        "deadline",
-        "first",
-        "flags",
-        "from_",
-        "last",
-        "members",
-        "pending",
-        "requester",
-        "retain_key",
-        "retain_version",
-        "routed",
-        "size",
-    )
-
-    def __init__(self, header: emp.Send, from_: int, body: bytes, now: float) -> None:
-        self.first = header.first
-        self.last = header.first + header.count - 1
-        self.from_ = from_
-        self.body = body
-        self.size = len(body)
-        self.flags = header.flags
-        self.deadline = None if header.ttl_ms is None else now + header.ttl_ms / 1000
-        self.requester = header.requester
-        self.retain_key = header.retain_key
-        self.retain_version = None if header.retain_key is None else (0, header.retain_counter or 0)
-        self.arrived = now
-        self.pending = 0  # outlets that have not settled it
-        self.routed = False
-        self.members: list[str] | None = None  # of a group request
-
-
-class _Usage:
-    """What one sender name has unsettled for one destination and priority, over its incarnations (rule 30).
-
-    And its account: what was accepted is delivered, refused, or held, each counted where it happens.
-    """
-
-    __slots__ = ("accepted", "delivered", "lanes", "messages", "refused", "settled", "size")
-
-    def __init__(self) -> None:
-        self.lanes = 0  # that count here
-        self.messages = 0
-        self.size = 0
-        self.accepted = 0  # got their place in a lane
-        self.delivered = 0  # acknowledged by receivers; in a lane to a group once for each member
-        self.settled = 0
-        self.refused = 0  # settled with at least one refusal
-
-
-class _Lane:
-    __slots__ = (
-        "batches",
-        "cumulative",
-        "destination",
-        "dirty",
-        "exceptions",
-        "floor",
-        "key",
-        "last",
-        "number",
-        "outlets",
-        "priority",
-        "reported",
-        "sender",
-        "to_group",
-        "unreported_members",
-        "usage",
-    )
-
-    def __init__(self, sender: _Incarnation, destination: str, priority: int, floor: int, usage: _Usage) -> None:
-        self.sender = sender
-        self.destination = destination
-        self.priority = priority
-        self.key = (destination, priority)
-        self.to_group = is_group(destination)
-        self.floor = floor
-        self.last = floor - 1
-        self.cumulative = floor - 1
-        self.reported = floor - 1
-        self.batches: deque[_Batch] = deque()
-        self.exceptions: dict[int, list[tuple[str, str | None]]] = {}
-        self.outlets: dict[str, _Outlet] = {}
-        self.usage = usage
-        self.dirty = False
-        self.unreported_members: list[tuple[int, int, list[str]]] = []
-
-
-class _Feed:
-    """All lanes of one sender incarnation towards one receiver.
-
-    A newer incarnation's feed waits until the older one's is empty (rule 19).
-    """
-
-    __slots__ = ("blocked", "incarnation", "outlets", "pending")
-
-    def __init__(self, incarnation: _Incarnation, blocked: bool) -> None:
-        self.incarnation = incarnation
-        self.pending = 0
-        self.blocked = blocked
-        self.outlets: list[_Outlet] = []
-
-
-class _Outlet:
-    __slots__ = (
-        "acked",
-        "deaths",
-        "delivered_to",
-        "feed",
-        "in_flight",
-        "lane",
-        "module",
-        "number",
-        "ready",
-        "redelivered_to",
-        "solo",
-        "voided",
-        "waiting",
-    )
-
-    def __init__(self, lane: _Lane, module: _Module, feed: _Feed | None, acked: int) -> None:
-        self.lane = lane
-        self.module = module
-        self.feed = feed
-        self.waiting: deque[_Batch] = deque()
-        self.in_flight: deque[_Batch] = deque()
-        self.acked = acked
-        self.delivered_to = acked  # the highest number delivered in this session
-        self.redelivered_to = 0  # up to here a receiver may have seen it
-        self.number = 0  # in the receiver's session; 0 = none yet
-        self.ready = False
-        self.voided: set[int] | None = None  # first numbers of batches that expired before they were delivered
-        self.deaths: dict[int, int] | None = None
-        self.solo = 0  # the number that is in flight alone
-
-
-class _Incarnation:
-    __slots__ = (
-        "attached",
-        "counters",
-        "credentials",
-        "draining",
-        "generation",
-        "groups",
-        "id",
-        "lanes",
-        "last_heard",
-        "liveness",
-        "module",
-        "name",
-        "next_number",
-        "outlets",
-        "peer",
-        "pid",
-        "prefetch_bytes",
-        "prefetch_messages",
-        "sdk",
-        "session",
-        "throttled",
-        "untaken",
-    )
-
-    def __init__(self, module: _Module, id: bytes, generation: int) -> None:
-        self.module = module
-        self.name = module.name
-        self.id = id
-        self.generation = generation
-        self.session = 0
-        self.peer: Peer | None = None
-        self.attached = False
-        self.draining = False
-        self.throttled = False
-        self.untaken: dict[_Lane, int] = {}  # while throttled: lane → bytes of the batch that was not taken
-        self.groups: frozenset[str] = frozenset()
-        self.lanes: dict[tuple[str, int], _Lane] = {}
-        self.last_heard = 0.0
-        self.liveness = 15.0
-        self.pid = 0
-        self.credentials = Credentials()
-        self.sdk = ""
-        self.prefetch_messages = 2048
-        self.prefetch_bytes = 8 * 2**20
-        self.outlets: dict[int, _Outlet] = {}  # by number, of this session
-        self.next_number = 1
-        self.counters: Mapping[str, int] = {}
-
-
-class _Module:
-    __slots__ = (
-        "absent_since",
-        "declared",
-        "delivered",
-        "feeds",
-        "generation",
-        "groups",
-        "held",
-        "held_messages",
-        "holder",
-        "in_flight",
-        "in_flight_bytes",
-        "interrupted",
-        "latency",
-        "latency_sum",
-        "name",
-        "outlets",
-        "pumping",
-        "ready",
-        "redelivered",
-        "refused",
-        "seen",
-        "state",
-        "store_lanes",
-        "suspects",
-        "timed",
-        "usages",
-    )
-
-    def __init__(self, name: str, *, declared: bool, groups: frozenset[str], now: float) -> None:
-        self.name = name
-        self.declared = declared
-        self.groups = groups
-        self.holder: _Incarnation | None = None
-        self.state = "absent"
-        self.generation = 0
-        self.absent_since = now
-        self.seen = False
-        self.outlets: dict[tuple[bytes, str, int], _Outlet] = {}
-        self.ready: tuple[deque[_Outlet], ...] = tuple(deque() for _ in range(PRIORITIES))
-        self.in_flight = [0] * PRIORITIES
-        self.in_flight_bytes = [0] * PRIORITIES
-        self.held = 0
-        self.held_messages = 0
-        self.feeds: dict[str, list[_Feed]] = {}
-        self.usages: dict[tuple[str, int], _Usage] = {}
-        self.interrupted: list[tuple[_Outlet, int, int]] = []  # in flight when a session ended: first and last number
-        self.store_lanes: dict[tuple[str, str], _Lane] = {}  # by source and group
-        self.suspects: dict[_Outlet, int] = {}
-        self.timed = 0  # batches in its mailbox that may expire
-        self.pumping = False
-        self.delivered = 0
-        self.redelivered = 0
-        self.refused: dict[str, int] = {}
-        self.latency = [0] * (len(LATENCY_BOUNDS_SECONDS) + 1)
-        self.latency_sum = 0.0
-
-
-def _has_batches(incarnation: _Incarnation) -> bool:
-    return any(lane.batches for lane in incarnation.lanes.values())
-
-
-class _Retained(NamedTuple):
-    header: emp.Send
-    version: tuple[int, int]
-    body: bytes
-
-
 class RoutingCore:
     """Decides where messages go, who hears of it, who holds a name.
 
@@ -392,31 +131,31 @@ class RoutingCore:
         self._session = session_base
         self._started = now
         self._grace_until: float | None = now + self.limits.grace_seconds
-        self._modules: dict[str, _Module] = {}
-        self._peers: dict[Peer, _Incarnation] = {}
+        self._modules: dict[str, Module] = {}
+        self._peers: dict[Peer, Incarnation] = {}
         self._asked: dict[Peer, bool] = {}  # peers that got a WHO and have not said HELLO since
-        self._departed: dict[bytes, _Incarnation] = {}  # let go while messages of theirs were unsettled
-        self._parked: list[_Lane] = []
-        self._dirty_lanes: list[_Lane] = []
-        self._dirty_modules: list[_Module] = []
+        self._departed: dict[bytes, Incarnation] = {}  # let go while messages of theirs were unsettled
+        self._parked: list[Lane] = []
+        self._dirty_lanes: list[Lane] = []
+        self._dirty_modules: list[Module] = []
         self._out: list[Out] = []
         self._held_bytes = 0
         self._held_messages = 0
-        self._throttled: list[_Incarnation] = []
+        self._throttled: list[Incarnation] = []
         self._freed = False  # a mailbox has become smaller since the throttled were last looked at
-        self._retained: dict[tuple[str, str, str], _Retained] = {}
+        self._retained: dict[tuple[str, str, str], Retained] = {}
         self._retained_bytes = 0
         self._generation = clock_ms
         self._now = now
         self._refused_frames: dict[str, int] = {}
         self._who = 0
-        self._sources: dict[str, _Incarnation] = {}  # whose retained messages the broker delivers itself
+        self._sources: dict[str, Incarnation] = {}  # whose retained messages the broker delivers itself
         self.life: list[Life] = []
         "What happened to modules since the shell last cleared it."
         self.inspection = Inspection(self.statistics)
         for name, groups in (declared or {}).items():
-            self._modules[name] = _Module(name, declared=True, groups=frozenset(groups), now=now)
-        self._handlers: Final[dict[bytes, Callable[[Peer, _Incarnation, Any, bytes | None, float], None]]] = {
+            self._modules[name] = Module(name, declared=True, groups=frozenset(groups), now=now)
+        self._handlers: Final[dict[bytes, Callable[[Peer, Incarnation, Any, bytes | None, float], None]]] = {
             emp.SEND: self._on_send,
             emp.ACK: self._on_ack,
             emp.PING: self._on_ping,
@@ -543,7 +282,7 @@ class RoutingCore:
             if len(self._modules) >= self.limits.max_modules:
                 self._refuse_frame(peer, emp.TOO_MANY, f"{self.limits.max_modules} names are in use, the most allowed")
                 return
-            module = _Module(hello.name, declared=False, groups=frozenset(hello.groups), now=now)
+            module = Module(hello.name, declared=False, groups=frozenset(hello.groups), now=now)
             self._modules[hello.name] = module
             late = hello.generation > 0 and self._grace_until is None
         holder = module.holder
@@ -572,7 +311,7 @@ class RoutingCore:
                 holder.module = module
                 holder.generation = generation
             else:
-                holder = _Incarnation(module, hello.incarnation, generation)
+                holder = Incarnation(module, hello.incarnation, generation)
             before, module.holder = module.holder, holder
             module.generation = generation
             if before is not None:
@@ -630,7 +369,7 @@ class RoutingCore:
         self._wake(module)
         self._event(module, "back" if returning else "attached", holder.pid, now)
 
-    def _fence(self, holder: _Incarnation, generation: int, now: float) -> None:
+    def _fence(self, holder: Incarnation, generation: int, now: float) -> None:
         """`holder` loses its name to a process of `generation`."""
         if holder.peer is not None:
             self._out.append(Out(holder.peer, emp.encode(emp.FENCED, emp.Fenced(generation))))
@@ -639,7 +378,7 @@ class RoutingCore:
         # A holder that is replaced without having said BYE has died or hangs: its deliveries count (rule 32).
         self._end_session(holder, now, died=True)
 
-    def _end_session(self, incarnation: _Incarnation, now: float, *, died: bool) -> None:
+    def _end_session(self, incarnation: Incarnation, now: float, *, died: bool) -> None:
         """What was in flight goes back to the mailbox, in its order, to be delivered again."""
         module = incarnation.module
         incarnation.attached = False
@@ -674,7 +413,7 @@ class RoutingCore:
         if died:
             self._blame(module)
 
-    def _blame(self, module: _Module) -> None:
+    def _blame(self, module: Module) -> None:
         """The process is dead: count it against the first unacknowledged message of each lane (rule 32).
 
         The connection may have been lost before; nothing is counted when the same process comes back.
@@ -690,7 +429,7 @@ class RoutingCore:
                 # The first may be innocent, handled and not yet acknowledged: each of them is delivered alone.
                 module.suspects[outlet] = max(first, last, module.suspects.get(outlet, 0))
 
-    def _let_go(self, module: _Module, now: float) -> None:
+    def _let_go(self, module: Module, now: float) -> None:
         """Forget an undeclared module that is gone; what waits for it is refused as `gone` (rule 25)."""
         for outlet in list(module.outlets.values()):
             self._refuse_all(outlet, emp.GONE)
@@ -700,11 +439,11 @@ class RoutingCore:
             holder.peer = None
             self._drop_empty_lanes(holder)
             # It may come back, and what it has sent may still be on its way: one lane must not become two.
-            self._departed = {id: other for id, other in self._departed.items() if _has_batches(other)}
-            if _has_batches(holder):
+            self._departed = {id: other for id, other in self._departed.items() if has_batches(other)}
+            if has_batches(holder):
                 self._departed[holder.id] = holder
 
-    def _drop_old_replies(self, module: _Module, incarnation: bytes) -> None:
+    def _drop_old_replies(self, module: Module, incarnation: bytes) -> None:
         """Replies to an earlier incarnation of the requester are settled as `gone` (rule 28)."""
         for outlet in list(module.outlets.values()):
             if outlet.lane.priority != REPLY:
@@ -716,7 +455,7 @@ class RoutingCore:
 
     # --- SEND -------------------------------------------------------------------------------------
 
-    def _on_send(self, peer: Peer, sender: _Incarnation, header: emp.Send, body: bytes | None, now: float) -> None:
+    def _on_send(self, peer: Peer, sender: Incarnation, header: emp.Send, body: bytes | None, now: float) -> None:
         assert body is not None
         lane = sender.lanes.get((header.destination, header.priority))
         if lane is None:
@@ -742,31 +481,31 @@ class RoutingCore:
         if last <= lane.last:
             return  # seen before; what is known of it was told after WELCOME
         from_ = max(header.first, lane.last + 1)
-        batch = _Batch(header, from_, body, now)
+        batch = Batch(header, from_, body, now)
         if not self._admit(peer, lane, batch, now):
             return
         if self.inspection.taps:
             self._out.extend(Out(*shown) for shown in self.inspection.tap(sender.name, header, body, now))
         self._route(lane, batch, now)
 
-    def _new_lane(self, sender: _Incarnation, header: emp.Send) -> _Lane:
+    def _new_lane(self, sender: Incarnation, header: emp.Send) -> Lane:
         module = sender.module
         key = (header.destination, header.priority)
         usage = module.usages.get(key)
         if usage is None:
-            usage = module.usages[key] = _Usage()
+            usage = module.usages[key] = Usage()
         usage.lanes += 1
-        lane = sender.lanes[key] = _Lane(sender, header.destination, header.priority, header.floor, usage)
+        lane = sender.lanes[key] = Lane(sender, header.destination, header.priority, header.floor, usage)
         return lane
 
-    def _forget_lanes(self, sender: _Incarnation) -> bool:
+    def _forget_lanes(self, sender: Incarnation) -> bool:
         """Forget lanes that are empty and whose settlement the sender has seen (rule 5)."""
         idle = [key for key, lane in sender.lanes.items() if not lane.batches and lane.floor > lane.last]
         for key in idle:
             self._drop_lane(sender.lanes.pop(key))
         return bool(idle)
 
-    def _drop_lane(self, lane: _Lane) -> None:
+    def _drop_lane(self, lane: Lane) -> None:
         for outlet in lane.outlets.values():
             self._drop_outlet(outlet)
         lane.outlets = {}
@@ -778,14 +517,14 @@ class RoutingCore:
             if not is_kept:
                 del usages[lane.key]
 
-    def _drop_empty_lanes(self, sender: _Incarnation) -> None:
+    def _drop_empty_lanes(self, sender: Incarnation) -> None:
         """`sender` holds its name no more: only what is open of it is kept, so that the short-lived leave nothing."""
         for key, lane in list(sender.lanes.items()):
             if not lane.batches:
                 del sender.lanes[key]
                 self._drop_lane(lane)
 
-    def _drop_outlet(self, outlet: _Outlet) -> None:
+    def _drop_outlet(self, outlet: Outlet) -> None:
         module = outlet.module
         key = (outlet.lane.sender.id, outlet.lane.destination, outlet.lane.priority)
         if module.outlets.get(key) is outlet:
@@ -807,7 +546,7 @@ class RoutingCore:
             else:
                 del module.feeds[feed.incarnation.name]
 
-    def _admit(self, peer: Peer, lane: _Lane, batch: _Batch, now: float) -> bool:
+    def _admit(self, peer: Peer, lane: Lane, batch: Batch, now: float) -> bool:
         """Whether the batch gets its place in the lane (perhaps only to be refused there)."""
         limits = self.limits.limits
         usage = lane.usage
@@ -844,11 +583,11 @@ class RoutingCore:
             return False
         return True
 
-    def _must_wait(self, lane: _Lane, batch: _Batch) -> bool:
+    def _must_wait(self, lane: Lane, batch: Batch) -> bool:
         """With the budget used up, only a receiver that holds nearly nothing gets more."""
         return lane.priority != REPLY and self._is_beyond_reserve(lane, batch.size)
 
-    def _is_beyond_reserve(self, lane: _Lane, size: int) -> bool:
+    def _is_beyond_reserve(self, lane: Lane, size: int) -> bool:
         if lane.to_group:
             receivers = self._members(group_name(lane.destination))
         else:
@@ -877,7 +616,7 @@ class RoutingCore:
                 peer = sender.peer
                 self._ask(peer)
 
-    def _route(self, lane: _Lane, batch: _Batch, now: float) -> None:
+    def _route(self, lane: Lane, batch: Batch, now: float) -> None:
         if lane.batches[0] is not batch and not lane.batches[-2].routed:
             return  # behind a parked one
         if self._grace_until is not None and not self._can_route_now(lane):
@@ -885,7 +624,7 @@ class RoutingCore:
             return
         self._route_batch(lane, batch, now)
 
-    def _can_route_now(self, lane: _Lane) -> bool:
+    def _can_route_now(self, lane: Lane) -> bool:
         """During the grace only what goes to a declared or attached module directly."""
         if lane.to_group:
             return False
@@ -900,7 +639,7 @@ class RoutingCore:
                 if not batch.routed:
                     self._route_batch(lane, batch, now)
 
-    def _route_batch(self, lane: _Lane, batch: _Batch, now: float) -> None:
+    def _route_batch(self, lane: Lane, batch: Batch, now: float) -> None:
         batch.routed = True
         if lane.to_group:
             members = self._members(group_name(lane.destination))
@@ -931,10 +670,10 @@ class RoutingCore:
         batch.pending = 1
         self._enqueue(lane, receiver, batch)
 
-    def _members(self, group: str) -> list[_Module]:
+    def _members(self, group: str) -> list[Module]:
         return [module for module in self._modules.values() if group in module.groups]
 
-    def _enqueue(self, lane: _Lane, module: _Module, batch: _Batch) -> None:
+    def _enqueue(self, lane: Lane, module: Module, batch: Batch) -> None:
         outlet = lane.outlets.get(module.name)
         if outlet is None or outlet.module is not module:
             outlet = self._new_outlet(lane, module, batch.from_ - 1)
@@ -948,34 +687,34 @@ class RoutingCore:
         if not outlet.ready:
             self._offer(outlet)
 
-    def _new_outlet(self, lane: _Lane, module: _Module, acked: int) -> _Outlet:
+    def _new_outlet(self, lane: Lane, module: Module, acked: int) -> Outlet:
         # Replies wait for nobody; the store's lanes (generation 0) have no older incarnation.
         feed = None if lane.priority == REPLY or not lane.sender.generation else self._feed(lane.sender, module)
-        outlet = _Outlet(lane, module, feed, acked)
+        outlet = Outlet(lane, module, feed, acked)
         lane.outlets[module.name] = outlet
         module.outlets[(lane.sender.id, lane.destination, lane.priority)] = outlet
         if feed is not None:
             feed.outlets.append(outlet)
         return outlet
 
-    def _feed(self, sender: _Incarnation, module: _Module) -> _Feed:
+    def _feed(self, sender: Incarnation, module: Module) -> Feed:
         feeds = module.feeds.setdefault(sender.name, [])
         for feed in feeds:
             if feed.incarnation is sender:
                 return feed
         while feeds and not feeds[0].pending:
             self._retire(module, feeds.pop(0))
-        feed = _Feed(sender, blocked=bool(feeds))
+        feed = Feed(sender, blocked=bool(feeds))
         feeds.append(feed)
         return feed
 
-    def _retire(self, module: _Module, feed: _Feed) -> None:
+    def _retire(self, module: Module, feed: Feed) -> None:
         """An older incarnation's lanes are done with."""
         for outlet in list(feed.outlets):
             self._drop_outlet(outlet)
             outlet.lane.outlets.pop(module.name, None)
 
-    def _fed(self, module: _Module, feed: _Feed) -> None:
+    def _fed(self, module: Module, feed: Feed) -> None:
         """A feed has run empty: the next incarnation's may begin (rule 19)."""
         feeds = module.feeds.get(feed.incarnation.name)
         if feeds is None or len(feeds) < 2:
@@ -984,7 +723,7 @@ class RoutingCore:
             self._retire(module, feeds.pop(0))
         self._unblock(feeds[0])
 
-    def _unblock(self, feed: _Feed) -> None:
+    def _unblock(self, feed: Feed) -> None:
         if feed.blocked:
             feed.blocked = False
             for outlet in feed.outlets:
@@ -992,7 +731,7 @@ class RoutingCore:
 
     # --- deliveries ---------------------------------------------------------------------------------
 
-    def _offer(self, outlet: _Outlet) -> None:
+    def _offer(self, outlet: Outlet) -> None:
         """Put an outlet in its receiver's turn, if it has something to deliver and may."""
         if outlet.ready or not outlet.waiting or (outlet.feed is not None and outlet.feed.blocked):
             return
@@ -1001,12 +740,12 @@ class RoutingCore:
         module.ready[outlet.lane.priority].append(outlet)
         self._wake(module)
 
-    def _wake(self, module: _Module) -> None:
+    def _wake(self, module: Module) -> None:
         if not module.pumping:
             module.pumping = True
             self._dirty_modules.append(module)
 
-    def _pump(self, module: _Module, now: float) -> None:
+    def _pump(self, module: Module, now: float) -> None:
         """Deliver what the receiver's prefetch has room for: replies, requests, signals, data."""
         holder = module.holder
         if holder is None or not holder.attached:
@@ -1063,7 +802,7 @@ class RoutingCore:
                     ready.popleft()
                     outlet.ready = False
 
-    def _launch(self, outlet: _Outlet, holder: _Incarnation, now: float) -> None:
+    def _launch(self, outlet: Outlet, holder: Incarnation, now: float) -> None:
         """Deliver the next batch of an outlet."""
         batch = outlet.waiting.popleft()
         self._deliver(outlet, batch, holder, now)
@@ -1074,7 +813,7 @@ class RoutingCore:
         module.in_flight_bytes[priority] += batch.size
 
     def _deliver(
-        self, outlet: _Outlet, batch: _Batch, holder: _Incarnation, now: float, alone: bytes | None = None
+        self, outlet: Outlet, batch: Batch, holder: Incarnation, now: float, alone: bytes | None = None
     ) -> None:
         lane = outlet.lane
         sender = lane.sender
@@ -1120,7 +859,7 @@ class RoutingCore:
         assert holder.peer is not None
         self._out.append(Out(holder.peer, emp.encode(emp.DELIVER, header, batch.body if alone is None else alone)))
 
-    def _pump_alone(self, module: _Module, holder: _Incarnation, now: float) -> None:
+    def _pump_alone(self, module: Module, holder: Incarnation, now: float) -> None:
         """While messages are suspected of killing their receiver: one at a time (rule 32)."""
         ready = module.ready[REPLY]
         while ready:
@@ -1158,13 +897,13 @@ class RoutingCore:
         if not module.suspects:
             self._wake(module)
 
-    def _cleared(self, outlet: _Outlet) -> None:
+    def _cleared(self, outlet: Outlet) -> None:
         outlet.module.suspects.pop(outlet, None)
         if outlet.deaths is not None:
             outlet.deaths = {number: n for number, n in outlet.deaths.items() if number > outlet.acked} or None
         self._wake(outlet.module)
 
-    def _refuse_number(self, outlet: _Outlet, number: int, reason: str) -> None:
+    def _refuse_number(self, outlet: Outlet, number: int, reason: str) -> None:
         """Refuse the one message `number`, which is the next of the outlet."""
         lane = outlet.lane
         self._except(lane, number, reason, outlet.module)
@@ -1175,7 +914,7 @@ class RoutingCore:
 
     # --- ACK and settlement ---------------------------------------------------------------------------
 
-    def _on_ack(self, peer: Peer, receiver: _Incarnation, ack: emp.Ack, body: bytes | None, now: float) -> None:
+    def _on_ack(self, peer: Peer, receiver: Incarnation, ack: emp.Ack, body: bytes | None, now: float) -> None:
         if ack.session != receiver.session:  # rule 6
             return
         module = receiver.module
@@ -1227,13 +966,13 @@ class RoutingCore:
             self._advance(lane)
         self._wake(module)
 
-    def _pop_acked(self, outlet: _Outlet) -> None:
+    def _pop_acked(self, outlet: Outlet) -> None:
         """Batches that wait though all of them is acknowledged (delivered one by one, or refused)."""
         while not outlet.in_flight and outlet.waiting and outlet.waiting[0].last <= outlet.acked:
             self._resolved(outlet, outlet.waiting.popleft())
         self._settle_voided(outlet)
 
-    def _resolved(self, outlet: _Outlet, batch: _Batch) -> None:
+    def _resolved(self, outlet: Outlet, batch: Batch) -> None:
         """`outlet` is done with `batch`."""
         module = outlet.module
         module.held -= batch.size
@@ -1257,7 +996,7 @@ class RoutingCore:
             if not feed.pending:
                 self._fed(module, feed)
 
-    def _advance(self, lane: _Lane) -> None:
+    def _advance(self, lane: Lane) -> None:
         """Settle what all receivers of the lane are done with, in order."""
         batches = lane.batches
         cumulative = lane.cumulative
@@ -1286,12 +1025,12 @@ class RoutingCore:
             del lane.sender.lanes[lane.key]
             self._drop_lane(lane)
 
-    def _touch(self, lane: _Lane) -> None:
+    def _touch(self, lane: Lane) -> None:
         if not lane.dirty:
             lane.dirty = True
             self._dirty_lanes.append(lane)
 
-    def _report(self, lane: _Lane) -> None:
+    def _report(self, lane: Lane) -> None:
         """Tell the sender how far the lane is settled. Nobody to tell: WELCOME will be followed by it (rule 11)."""
         sender = lane.sender
         if not sender.attached or sender.peer is None:
@@ -1307,7 +1046,7 @@ class RoutingCore:
                 exceptions += [(number, reason, member) for reason, member in refusals]
         self._settled(lane, lane.cumulative, exceptions)
 
-    def _settled(self, lane: _Lane, cumulative: int, exceptions: list[tuple[int, str, str | None]]) -> None:
+    def _settled(self, lane: Lane, cumulative: int, exceptions: list[tuple[int, str, str | None]]) -> None:
         lane.reported = cumulative
         members, lane.unreported_members = lane.unreported_members, []
         assert lane.sender.peer is not None
@@ -1318,13 +1057,13 @@ class RoutingCore:
             )
         )
 
-    def _except(self, lane: _Lane, number: int, reason: str, module: _Module | None) -> None:
+    def _except(self, lane: Lane, number: int, reason: str, module: Module | None) -> None:
         member = module.name if module is not None and lane.to_group else None
         lane.exceptions.setdefault(number, []).append((reason, member))
         counted = module if module is not None else lane.sender.module
         counted.refused[reason] = counted.refused.get(reason, 0) + 1
 
-    def _is_excepted(self, outlet: _Outlet, number: int) -> bool:
+    def _is_excepted(self, outlet: Outlet, number: int) -> bool:
         """Whether the broker refused it itself (expired): the receiver repeats what `void` told it."""
         refusals = outlet.lane.exceptions.get(number)
         if not refusals:
@@ -1332,17 +1071,17 @@ class RoutingCore:
         member = outlet.module.name if outlet.lane.to_group else None
         return any(known is None or known == member for _, known in refusals)
 
-    def _prune(self, lane: _Lane) -> None:
+    def _prune(self, lane: Lane) -> None:
         lane.exceptions = {number: why for number, why in lane.exceptions.items() if number >= lane.floor}  # rule 12
 
-    def _refuse_batch(self, lane: _Lane, batch: _Batch, reason: str) -> None:
+    def _refuse_batch(self, lane: Lane, batch: Batch, reason: str) -> None:
         """Refuse a whole batch; it keeps its place in the lane (rule 5)."""
         batch.routed = True
         for number in range(batch.from_, batch.last + 1):
             self._except(lane, number, reason, None)
         self._advance(lane)
 
-    def _void(self, outlet: _Outlet, batch: _Batch, reason: str) -> None:
+    def _void(self, outlet: Outlet, batch: Batch, reason: str) -> None:
         """Refuse what waits in one mailbox; it is settled when the ones before it are."""
         if outlet.voided is None:
             outlet.voided = set()
@@ -1350,7 +1089,7 @@ class RoutingCore:
         for number in range(max(batch.from_, outlet.acked + 1), batch.last + 1):
             self._except(outlet.lane, number, reason, outlet.module)
 
-    def _settle_voided(self, outlet: _Outlet) -> None:
+    def _settle_voided(self, outlet: Outlet) -> None:
         if not outlet.voided:
             return
         moved = False
@@ -1372,7 +1111,7 @@ class RoutingCore:
         if moved:
             self._advance(outlet.lane)
 
-    def _refuse_all(self, outlet: _Outlet, reason: str) -> None:
+    def _refuse_all(self, outlet: Outlet, reason: str) -> None:
         for batch in (*outlet.in_flight, *outlet.waiting):
             if not (outlet.voided and batch.first in outlet.voided):
                 self._void(outlet, batch, reason)
@@ -1382,7 +1121,7 @@ class RoutingCore:
         outlet.lane.outlets.pop(outlet.module.name, None)
         outlet.module.suspects.pop(outlet, None)
 
-    def _expire_mailbox(self, module: _Module, now: float) -> None:
+    def _expire_mailbox(self, module: Module, now: float) -> None:
         """Only what waits in the mailbox expires; once delivered, the ACK decides (rule 33)."""
         for outlet in list(module.outlets.values()):
             for batch in outlet.waiting:
@@ -1394,7 +1133,7 @@ class RoutingCore:
 
     # --- PING, DRAIN, BYE, retained -------------------------------------------------------------------
 
-    def _on_ping(self, peer: Peer, incarnation: _Incarnation, ping: emp.Ping, body: bytes | None, now: float) -> None:
+    def _on_ping(self, peer: Peer, incarnation: Incarnation, ping: emp.Ping, body: bytes | None, now: float) -> None:
         incarnation.counters = ping.counters
         for destination, priority, floor in ping.floors:
             lane = incarnation.lanes.get((destination, priority))
@@ -1404,13 +1143,11 @@ class RoutingCore:
                     self._prune(lane)
         self._out.append(Out(peer, emp.encode(emp.PONG, emp.Pong(ping.nonce))))
 
-    def _on_drain(
-        self, peer: Peer, incarnation: _Incarnation, drain: emp.Drain, body: bytes | None, now: float
-    ) -> None:
+    def _on_drain(self, peer: Peer, incarnation: Incarnation, drain: emp.Drain, body: bytes | None, now: float) -> None:
         incarnation.draining = True
         incarnation.module.state = "draining"
 
-    def _on_bye(self, peer: Peer, incarnation: _Incarnation, bye: emp.Bye, body: bytes | None, now: float) -> None:
+    def _on_bye(self, peer: Peer, incarnation: Incarnation, bye: emp.Bye, body: bytes | None, now: float) -> None:
         module = incarnation.module
         self._end_session(incarnation, now, died=False)
         if module.holder is not incarnation:
@@ -1422,7 +1159,7 @@ class RoutingCore:
         if bye.leaving and not module.declared:
             self._let_go(module, now)
 
-    def _retain(self, lane: _Lane, batch: _Batch) -> bool:
+    def _retain(self, lane: Lane, batch: Batch) -> bool:
         """Keep the batch's message for later members; False when the store is full."""
         assert batch.retain_key is not None
         sender = lane.sender
@@ -1439,18 +1176,18 @@ class RoutingCore:
         header = emp.Send(
             lane.destination, lane.priority, 1, 1, 1, emp.RETAIN | emp.FROM_STORE, None, None, batch.retain_key
         )
-        self._retained[key] = _Retained(header, version, batch.body)
+        self._retained[key] = Retained(header, version, batch.body)
         return True
 
-    def _source(self, name: str) -> _Incarnation:
+    def _source(self, name: str) -> Incarnation:
         source = self._sources.get(name)
         if source is None:
             number = len(self._sources).to_bytes(emp.INCARNATION_BYTES - emp.EPOCH_BYTES, "big")
-            module = _Module(name, declared=True, groups=frozenset(), now=self._started)
-            source = self._sources[name] = _Incarnation(module, self.epoch + number, 0)
+            module = Module(name, declared=True, groups=frozenset(), now=self._started)
+            source = self._sources[name] = Incarnation(module, self.epoch + number, 0)
         return source
 
-    def _deliver_retained(self, module: _Module, now: float) -> None:
+    def _deliver_retained(self, module: Module, now: float) -> None:
         """Give a process that has just come the last version of what its groups retain.
 
         They come on lanes of the broker's own, with the source's name and an incarnation made of epoch and number.
@@ -1462,7 +1199,7 @@ class RoutingCore:
             if lane is None:
                 # Sessions only rise: numbers never used before towards a process that may know an earlier lane of ours.
                 first = module.holder.session if module.holder is not None else 1
-                lane = _Lane(self._source(name), destination, kept.header.priority, first, _Usage())
+                lane = Lane(self._source(name), destination, kept.header.priority, first, Usage())
                 module.store_lanes[(name, destination)] = lane
             waiting = next((batch for batch in lane.batches if batch.retain_key == kept.header.retain_key), None)
             if waiting is not None:
@@ -1475,7 +1212,7 @@ class RoutingCore:
                 continue
             number = lane.last = lane.last + 1
             lane.floor = lane.cumulative + 1
-            batch = _Batch(msgspec.structs.replace(kept.header, first=number), number, kept.body, now)
+            batch = Batch(msgspec.structs.replace(kept.header, first=number), number, kept.body, now)
             batch.retain_version = kept.version
             batch.routed = True
             batch.pending = 1
@@ -1505,7 +1242,7 @@ class RoutingCore:
         self._refused_frames[code] = self._refused_frames.get(code, 0) + 1
         self._out.append(Out(peer, emp.encode(emp.REFUSED, emp.Refused(code, text[:1024]))))
 
-    def _event(self, module: _Module, event: str, pid: int, now: float) -> None:
+    def _event(self, module: Module, event: str, pid: int, now: float) -> None:
         holder = module.holder
         self.life.append(Life(module.name, event, pid, holder.credentials if holder else Credentials()))
         self._out.extend(Out(*shown) for shown in self.inspection.presence(module.name, event, pid, now))
@@ -1565,7 +1302,7 @@ class RoutingCore:
                 )
         return accounts
 
-    def _module_statistics(self, module: _Module, now: float) -> dict[str, Any]:
+    def _module_statistics(self, module: Module, now: float) -> dict[str, Any]:
         holder = module.holder
         oldest = min(
             (

@@ -34,9 +34,19 @@ IO_LIBRARIES = {
     "zmq",
 }
 
-RUNTIME_CORES = ("errors", "names", "emp", "inspection", "routing", "client_core", "watching", "exposition")
-EDGEHUB_CORES = (
+RUNTIME_CORES = (
     "backoff",
+    "client_core",
+    "emp",
+    "errors",
+    "exposition",
+    "inspection",
+    "names",
+    "routing",
+    "routing_state",
+    "watching",
+)
+EDGEHUB_CORES = (
     "certificate",
     "cloud",
     "coalescing",
@@ -50,14 +60,14 @@ EDGEHUB_CORES = (
     "sync_keeper",
     "window",
 )
-EVENTBUS_CORES = ("backoff", "bridge", "config", "packets", "subscriptions", "topics")
+EVENTBUS_CORES = ("bridge", "config", "packets", "subscriptions", "topics")
 CORES = [
     *(ROOT / "runtime" / f"{name}.py" for name in RUNTIME_CORES),
     *(ROOT / "modules" / "edgehub" / f"{name}.py" for name in EDGEHUB_CORES),
     *(ROOT / "modules" / "eventbus" / f"{name}.py" for name in EVENTBUS_CORES),
 ]
 
-RUNTIME_FOR_MODULE_CORES = {"errors", "names", "emp", "message", "config"}
+RUNTIME_FOR_MODULE_CORES = {"backoff", "errors", "names", "emp", "message", "config"}
 LIBRARIES = "runtime.libraries"
 "Sees to it that msgspec comes lean, whoever imports it first; a core gets nothing from it."
 MESSAGE = "runtime.message"
@@ -66,7 +76,7 @@ MESSAGE = "runtime.message"
 ONE_HOME = {
     "websockets": {"modules/edgehub/websocket.py"},
     "aioquic": {"modules/edgehub/quic.py", "modules/edgehub/tls.py"},
-    "paho": {"modules/eventbus/mqtt.py", "modules/eventbus/lean.py"},
+    "paho": {"modules/eventbus/mqtt.py"},
     "yaml": {"runtime/cli/settings.py"},
     "rich": {"runtime/cli"},
     "typer": {"runtime/cli"},

@@ -18,11 +18,11 @@ from random import Random
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
-from modules.eventbus.backoff import Backoff
 from modules.eventbus.config import SECTION, Server, TlsFiles
-from modules.eventbus.lean import absent
 from modules.eventbus.packets import InPublish, MalformedPacket, PacketReader, puback
+from runtime.backoff import Backoff
 from runtime.errors import ConfigError
+from runtime.lean import absent
 
 # For proxies of MQTT over websockets, which is not used here; it would bring http.client and email, 1.8 MiB.
 with absent("urllib.request"):
@@ -128,6 +128,7 @@ class MqttConnection:
         self._settings = settings
         self._events = events
         self._backoff = Backoff(random, cap_seconds=settings.reconnect_max_seconds)
+        self._failures = 0  # in a row, without a stable connection between them
         self._version = MQTT311 if settings.protocol == "3.1.1" else MQTT5
         self._knows_mqtt5 = False
         self._client: _Client | None = None
@@ -213,8 +214,9 @@ class MqttConnection:
             if self._stopping.is_set():
                 return
             if asyncio.get_running_loop().time() - started > STABLE_SECONDS:
-                self._backoff.reset()
-            delay = self._backoff.next_delay()
+                self._failures = 0
+            delay = self._backoff.delay(self._failures)
+            self._failures += 1
             # The same fault again and again is said once aloud; somebody may read this log for weeks.
             level = logging.DEBUG if reason == self._last_fault else logging.WARNING
             self._last_fault = reason

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from runtime import emp
 from runtime.errors import MalformedFrame
-from runtime.routing import Credentials
+from runtime.routing_state import Credentials
 from tests.support.bus_pair import BrokerRoom, RawBroker, make_body
 
 ID = b"i" * emp.INCARNATION_BYTES

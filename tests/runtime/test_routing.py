@@ -6,7 +6,8 @@ import pytest
 
 from runtime import emp
 from runtime.message import decode_batch
-from runtime.routing import Credentials, Life
+from runtime.routing import Life
+from runtime.routing_state import Credentials
 from tests.support.bus_pair import DATA, REPLY, REQUEST, SIGNAL, BrokerRoom, Pair, make_body
 
 

@@ -15,7 +15,8 @@ from typing import Any
 from runtime import emp
 from runtime.client_core import Arrival, ClientCore, Event, OutBatch, State
 from runtime.message import Message, decode_batch, encode_message, join_batch
-from runtime.routing import AccessPolicy, BrokerLimits, Credentials, Peer, RoutingCore
+from runtime.routing import AccessPolicy, BrokerLimits, RoutingCore
+from runtime.routing_state import Credentials, Peer
 
 DATA = int(emp.Priority.DATA)
 SIGNAL = int(emp.Priority.SIGNAL)

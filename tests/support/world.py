@@ -33,7 +33,8 @@ from runtime.client_core import (
     Woken,
 )
 from runtime.message import Message, encode_message
-from runtime.routing import BrokerLimits, Credentials, Peer, RoutingCore
+from runtime.routing import BrokerLimits, RoutingCore
+from runtime.routing_state import Credentials, Peer
 
 LIVENESS = 1.0
 HEARTBEAT = 0.3
