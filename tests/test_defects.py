@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from cloudsim.certificates import Authority
-from modules.edgehub.backoff import Backoff
 from modules.edgehub.config import EdgeHubConfig, Endpoint
 from modules.edgehub.dispatch import destination
 from modules.edgehub.governor import Pace, Ramp
@@ -39,6 +38,7 @@ from modules.edgehub.sync_keeper import LATE, Question, SyncKeeper
 from modules.edgehub.tls import client_context
 from modules.edgehub.window import TokenBucket
 from runtime import emp
+from runtime.backoff import Backoff
 from runtime.client_core import Members, Replied
 from runtime.config import EdgeHubSection, EventBusSection, NodeConfig, QuicSection, WebsocketSection
 from runtime.errors import ConfigError, MalformedFrame, MalformedMessage

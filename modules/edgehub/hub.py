@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from modules.edgehub import cloud
-from modules.edgehub.backoff import Backoff
 from modules.edgehub.coalescing import Coalescing
 from modules.edgehub.config import EdgeHubConfig
 from modules.edgehub.connection import Connection, Settles
@@ -49,6 +48,7 @@ from modules.edgehub.store import Dropped, Row, Store
 from modules.edgehub.sync_keeper import Late, Question, SyncKeeper
 from modules.edgehub.window import TokenBucket
 from runtime import memory
+from runtime.backoff import Backoff
 from runtime.emp import EXPIRED, FAILED, GONE, INVALID, OVERFLOW, TOO_LARGE, UNROUTABLE, Priority
 from runtime.errors import InvalidMessage, MalformedMessage, MessageTooLarge, NotHandled, Refused, UsageError
 from runtime.message import Deferral, Message, from_cloud_json

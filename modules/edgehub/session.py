@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final, assert_never
 
-from modules.edgehub.backoff import Backoff
 from modules.edgehub.config import Endpoint
+from runtime.backoff import Backoff
 
 UNANSWERED_DIALS: Final = 3
 "After so many dials in a row whose greeting was not answered the link is kept as unproven."

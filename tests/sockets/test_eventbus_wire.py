@@ -272,11 +272,11 @@ def test_stopping_does_not_wait_for_the_next_attempt_to_connect(tmp_path: Path) 
                 await until(lambda: len(broker.connections) >= 2)
                 drawn: list[float] = []
 
-                def next_delay() -> float:
+                def delay(failures: int) -> float:
                     drawn.append(1000.0)
                     return drawn[-1]
 
-                host.module._sides[0].connection._backoff.next_delay = next_delay  # type: ignore[method-assign]
+                host.module._sides[0].connection._backoff.delay = delay  # type: ignore[method-assign]
                 await until(lambda: drawn, "a pause of 1000 s to begin")
 
     run(scenario())

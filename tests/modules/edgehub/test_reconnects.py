@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 
-from modules.edgehub.backoff import Backoff
 from modules.edgehub.config import Endpoint
 from modules.edgehub.session import Dial, Failed, LinkSession, LinkState, Lost, Opened, Proven
+from runtime.backoff import Backoff
 
 NODES = 200
 HUB = Endpoint("cloud", 10000)

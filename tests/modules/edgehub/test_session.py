@@ -4,7 +4,6 @@ import random
 
 import pytest
 
-from modules.edgehub.backoff import Backoff
 from modules.edgehub.config import Endpoint
 from modules.edgehub.session import (
     UNANSWERED_DIALS,
@@ -27,6 +26,7 @@ from modules.edgehub.session import (
     Proven,
     StopWanted,
 )
+from runtime.backoff import Backoff
 
 ONE, TWO = Endpoint("one", 10000), Endpoint("two", 10000)
 

@@ -1,4 +1,4 @@
-"""Delays between dials: exponential with full jitter."""
+"""Delays between tries: exponential with full jitter."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ FLOOR_SECONDS: Final = 0.05
 
 
 class Backoff:
-    """`delay(n)` after n failures in a row. Chance is handed in.
+    """`delay(n)` after n failures in a row before this one. Chance is handed in; who waits does the counting.
 
-    Full jitter, so that a thousand nodes do not come back in step when their cloud restarts.
+    Full jitter (evenly over the growing bound), so that a thousand nodes do not come back in step when what they
+    all lost is there again.
     """
 
     def __init__(self, chance: random.Random, *, cap_seconds: float, first_seconds: float = FIRST_SECONDS) -> None:
@@ -23,7 +24,7 @@ class Backoff:
         self._first_seconds = first_seconds
 
     def delay(self, failures: int) -> float:
-        """Seconds to wait: evenly between 0.05 s and min(cap, 1 s x 2^failures)."""
+        """Seconds to wait: evenly between 0.05 s and min(cap, first x 2^failures)."""
         # 2**32 s is beyond any cap; the exponent must not grow with the length of an outage.
         longest = min(self._cap_seconds, self._first_seconds * 2.0 ** min(failures, 32))
         return max(FLOOR_SECONDS, self._chance.uniform(0.0, longest))

@@ -1,6 +1,6 @@
 import random
 
-from modules.edgehub.backoff import FLOOR_SECONDS, Backoff
+from runtime.backoff import FLOOR_SECONDS, Backoff
 
 
 def test_the_first_retry_comes_within_a_second() -> None:
