@@ -44,6 +44,7 @@ RUNTIME_CORES = (
     "names",
     "routing",
     "routing_state",
+    "viaduct",
     "watching",
 )
 EDGEHUB_CORES = (
@@ -76,6 +77,7 @@ MESSAGE = "runtime.message"
 ONE_HOME = {
     "websockets": {"modules/edgehub/websocket.py"},
     "aioquic": {"modules/edgehub/quic.py", "modules/edgehub/tls.py"},
+    "google": {"runtime/viaduct.py"},
     "paho": {"modules/eventbus/mqtt.py"},
     "yaml": {"runtime/cli/settings.py"},
     "rich": {"runtime/cli"},
