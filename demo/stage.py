@@ -249,9 +249,7 @@ class Stage:
         deadline = time.monotonic() + seconds
         node.ask_to_end()
         while not node.has_ended() and time.monotonic() < deadline and not self.interrupts.hurry:
-            with contextlib.suppress(SupervisorError):
-                self.supervisor.state()  # wakes it: by itself it looks once a second
-            time.sleep(0.03)
+            time.sleep(0.03)  # between two looks
         node.kill()  # and with it, by the kernel's word, every process under it
         deadline = time.monotonic() + 5.0
         while self.home.run.is_dir() and any(holders(self.home.run)) and time.monotonic() < deadline:

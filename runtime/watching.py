@@ -1,6 +1,6 @@
 """What the watchdog decides: which hung process to end, which program to revive, when to look again.
 
-supervisord restarts what dies; it looks once a second. This core makes it look at once after a death,
+supervisord restarts what dies; by itself it looks once a second. This core makes it look at once after a death,
 finds what lives but hangs (the broker says which module is silent), starts again what supervisord gave
 up (FATAL), and counts restart storms. It never acts on a program that an operator stopped.
 """

@@ -65,7 +65,6 @@ def up(named: Path | None, *, detach: bool) -> None:
         _up_detached(home, config, conf, lock.fileno())
     else:
         _say("Ctrl-C stops the node. In another terminal: edgezmq status")
-        _hurry(home)
         _become_supervisord(home, conf, lock.fileno(), "-n")
 
 
@@ -160,29 +159,6 @@ def what_is_missing(home: Home, config: NodeConfig) -> str:
     attached = {module["name"] for module in modules if module["state"] == "attached"}
     ours = {"edgehub", "eventbus"} & config.declared_modules().keys()
     return ", ".join(sorted(ours - attached))
-
-
-def _hurry(home: Home) -> None:
-    """Wake supervisord while it starts, from a process of its own: it looks once a second only.
-
-    Forked twice, so that it is no child of what is going to be supervisord; it ends with it.
-    """
-    supervisord = os.getpid()
-    if (pid := os.fork()) != 0:
-        os.waitpid(pid, 0)
-        return
-    if os.fork() == 0:
-        with contextlib.suppress(BaseException):
-            os.setsid()
-            end = time.monotonic() + 5.0
-            supervisor = Supervisor(home.supervisor_socket, timeout_seconds=0.5)
-            while time.monotonic() < end:
-                os.kill(supervisord, 0)  # raises once it is gone
-                with contextlib.suppress(SupervisorError):
-                    if all(program.state != "STOPPED" for program in supervisor.programs()):
-                        break
-                time.sleep(0.02)  # between two looks
-    os._exit(0)
 
 
 def end_leftovers(home: Home) -> Iterator[tuple[str, int]]:
