@@ -60,7 +60,8 @@ class Program:
 class Supervisor:
     """Calls to the supervisord that listens on `path`. One connection per call; blocking, at most 5 s.
 
-    Every call also wakes supervisord's loop, which by itself looks once a second (runtime.supervise sees to more). Calls raise SupervisorError, and SupervisorFault when refused.
+    Every call also wakes supervisord's loop, which by itself looks once a second (runtime.supervise sees to more).
+    Calls raise SupervisorError, and SupervisorFault when refused.
     """
 
     def __init__(self, path: Path, *, timeout_seconds: float = _TIMEOUT_SECONDS) -> None:
