@@ -1,4 +1,4 @@
-"""`python -m cloudsim`: the double as a process. `python -m cloudsim cert NODE`: a node's certificate."""
+"""`python -m cloudsim`: the double as a process. `cert NODE`: a node's certificate; `token`: one to join with."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import json
 import logging
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from cloudsim.certificate_api import TOKEN_SECONDS, make_token
 from cloudsim.certificates import Authority, check_node_name
 from cloudsim.config import SERVER_NAMES, SimConfig
 from cloudsim.rules import HubVersion
@@ -25,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["cert"]:
         return _cert(words[1:])
+    if words[:1] == ["token"]:
+        return _token(words[1:])
     if words[:1] == ["serve"]:
         words = words[1:]
     options = _serve_parser().parse_args(words)
@@ -36,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         host=options.host,
         port=options.port,
         control_port=options.control_port,
+        certificate_port=options.certificate_port,
+        signing_seconds=options.signing_seconds,
         nodes=tuple(options.node),
         names=(*SERVER_NAMES, *options.san),
         keepalive_seconds=options.keepalive,
@@ -65,6 +71,8 @@ async def _serve(config: SimConfig) -> None:
         loop.add_signal_handler(number, stop.set)
     async with CloudSim(config) as sim:
         ready = {"url": sim.url, "port": sim.port, "control_port": sim.control_port, "dir": str(config.directory)}
+        if sim.certificate_port is not None:
+            ready["certificate_port"] = sim.certificate_port
         print(f"cloudsim ready {json.dumps(ready)}", flush=True)
         await stop.wait()
 
@@ -86,11 +94,29 @@ def _cert(words: Sequence[str]) -> int:
     return 0
 
 
+def _token(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m cloudsim token", description="Print a token to join with, of the CA in DIR."
+    )
+    parser.add_argument("--dir", type=Path, required=True, help="where the CA and all certificates are")
+    parser.add_argument(
+        "--expires-in", type=float, default=TOKEN_SECONDS, metavar="SECONDS", help="below 0: expired (default: a day)"
+    )
+    options = parser.parse_args(words)
+    try:
+        print(make_token(Authority(options.dir), expires_at=time.time() + options.expires_in))
+    except (OSError, ValueError) as error:
+        print(f"cloudsim: {options.dir}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def _serve_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m cloudsim",
         description="A CloudHub double: websocket with mutual TLS, and an HTTP API on loopback to control it. "
-        "`python -m cloudsim cert NODE --dir DIR` makes a node's certificate.",
+        "`python -m cloudsim cert NODE --dir DIR` makes a node's certificate, `python -m cloudsim token --dir DIR` "
+        "a token to join with.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -98,6 +124,8 @@ def _serve_parser() -> argparse.ArgumentParser:
     add("--host", default="127.0.0.1", help="address the websocket listens on")
     add("--port", type=_port, default=10000, help="websocket port; 0: a free one")
     add("--control-port", type=_port, default=10080, help="control API port on 127.0.0.1; 0: a free one")
+    add("--certificate-port", type=_port, default=None, help="certificate API; 0: a free one; CloudCore: 10002")
+    add("--signing-seconds", type=_lifetime, default=365 * 86400.0, help="how long nodes' certificates are valid")
     add("--node", type=_node_name, action="append", default=[], metavar="NAME", help="make this node's certificate")
     add("--san", action="append", default=[], metavar="HOST", help="one more name in the server's certificate")
     add("--keepalive", type=_seconds, default=30.0, help="seconds without a keepalive until a node is dropped")
@@ -128,6 +156,12 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _lifetime(text: str) -> float:
+    if not text.isdigit() or not 1 <= int(text) <= 36500 * 86400:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected whole seconds, at most 100 years")
+    return float(text)
+
+
 def _node_name(text: str) -> str:
     try:
         return check_node_name(text)
@@ -137,10 +171,13 @@ def _node_name(text: str) -> str:
 
 def _explain(error: OSError, config: SimConfig) -> str:
     if error.errno == errno.EADDRINUSE:
-        return (
-            f"a port is in use: {config.host}:{config.port} (--port) or "
-            f"{config.control_host}:{config.control_port} (--control-port). Port 0 takes a free one."
-        )
+        ports = [
+            (f"{config.host}:{config.port}", "--port"),
+            (f"{config.host}:{config.certificate_port}", "--certificate-port"),
+        ]
+        ports.append((f"{config.control_host}:{config.control_port}", "--control-port"))
+        named = ", ".join(f"{where} ({option})" for where, option in ports if not where.endswith(":None"))
+        return f"a port is in use: {named}. Port 0 takes a free one."
     if error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error)

@@ -5,6 +5,7 @@ The only file here that needs `cryptography`.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import ipaddress
 import os
@@ -15,9 +16,10 @@ from pathlib import Path
 from typing import Final
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 _CENTURY: Final = datetime.timedelta(days=36500)
@@ -25,6 +27,20 @@ _YEAR: Final = datetime.timedelta(days=365)
 _OWN_NAMES: Final = frozenset({"ca", "server"})
 _SKEW: Final = datetime.timedelta(minutes=5)
 "Certificates begin a little in the past: containers and hosts disagree about now."
+_USAGES: Final = {
+    0: ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE,
+    1: ExtendedKeyUsageOID.SERVER_AUTH,
+    2: ExtendedKeyUsageOID.CLIENT_AUTH,
+    3: ExtendedKeyUsageOID.CODE_SIGNING,
+    4: ExtendedKeyUsageOID.EMAIL_PROTECTION,
+    8: ExtendedKeyUsageOID.TIME_STAMPING,
+    9: ExtendedKeyUsageOID.OCSP_SIGNING,
+}
+"Go's numbers (crypto/x509, ExtKeyUsage)."
+
+
+class Unsignable(Exception):
+    """A request that CloudCore does not sign; the text is CloudCore's."""
 
 
 def check_node_name(name: str) -> str:
@@ -114,41 +130,91 @@ class Authority:
             )
         return pair
 
+    # --- what the certificate API asks for -------------------------------------------------------------
+
+    @property
+    def token_key(self) -> bytes:
+        """With what CloudCore signs tokens: the DER (SEC1) of the CA's private key."""
+        return self._key.private_bytes(
+            serialization.Encoding.DER, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
+        )
+
+    @property
+    def ca_der(self) -> bytes:
+        return self._certificate.public_bytes(serialization.Encoding.DER)
+
+    def sign_request(
+        self, request: bytes, *, usages: Sequence[int], lifetime: datetime.timedelta, now: datetime.datetime
+    ) -> bytes:
+        """The certificate (DER) for a PKCS#10 request (DER), as CloudCore makes it.
+
+        Of the subject only O and CN are taken, and the subject alternative names; nothing is checked, not even
+        the request's own signature. Valid from `now` to the second. Raises Unsignable.
+        """
+        try:
+            wanted = x509.load_der_x509_csr(request)
+            names = wanted.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+            key = wanted.public_key()
+        except (ValueError, UnsupportedAlgorithm) as fault:
+            raise Unsignable(f"failed to parse csr, err: {_as_go_says(request)}") from fault
+        if not names or not names[0].value:
+            raise Unsignable("must specify a CommonName")
+        if not usages:
+            raise Unsignable("must specify at least one ExtKeyUsage")
+        if not set(usages) <= _USAGES.keys():
+            raise Unsignable("x509: unknown extended key usage")
+        subject = [*wanted.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME), names[0]]
+        builder = self._leaf(
+            x509.Name(subject), key, [_USAGES[usage] for usage in usages], now.replace(microsecond=0), lifetime
+        )
+        builder = builder.add_extension(_key_usage(), critical=True)
+        with contextlib.suppress(x509.ExtensionNotFound):
+            alternatives = wanted.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+            builder = builder.add_extension(alternatives.value, critical=alternatives.critical)
+        return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
+
+    def objection(self, certificate: bytes, now: datetime.datetime) -> str | None:
+        """What Go's x509 says against a client certificate (DER) for this CA; None: it verifies."""
+        leaf = x509.load_der_x509_certificate(certificate)
+        what = "x509: certificate has expired or is not yet valid: current time"
+        if now < leaf.not_valid_before_utc:
+            return f"{what} {now:%Y-%m-%dT%H:%M:%SZ} is before {leaf.not_valid_before_utc:%Y-%m-%dT%H:%M:%SZ}"
+        if now > leaf.not_valid_after_utc:
+            return f"{what} {now:%Y-%m-%dT%H:%M:%SZ} is after {leaf.not_valid_after_utc:%Y-%m-%dT%H:%M:%SZ}"
+        if not self._has_issued(leaf):
+            return "x509: certificate signed by unknown authority"
+        try:
+            usages = set(leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
+        except x509.ExtensionNotFound:
+            return None
+        if usages.isdisjoint({ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE}):
+            return "x509: certificate specifies an incompatible key usage"
+        return None
+
+    @staticmethod
+    def subject_of(certificate: bytes) -> tuple[list[str], str]:
+        """Organisations and common name of a certificate (DER)."""
+        subject = x509.load_der_x509_certificate(certificate).subject
+        organisations = [str(each.value) for each in subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)]
+        names = subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+        return organisations, str(names[0].value) if names else ""
+
+    def foreign_ca_der(self) -> bytes:
+        """The certificate of another CA of the same name."""
+        return _make_ca(ec.generate_private_key(ec.SECP256R1())).public_bytes(serialization.Encoding.DER)
+
+    def foreign_node_der(self, node: str) -> bytes:
+        """A certificate of this CA for `node`, with a key that nobody has."""
+        subject = [(NameOID.ORGANIZATION_NAME, "system:nodes"), (NameOID.COMMON_NAME, f"system:node:{node}")]
+        name = x509.Name([x509.NameAttribute(oid, value) for oid, value in subject])
+        key = ec.generate_private_key(ec.SECP256R1()).public_key()
+        now = datetime.datetime.now(datetime.UTC)
+        builder = self._leaf(name, key, [ExtendedKeyUsageOID.CLIENT_AUTH], now, _YEAR)
+        return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
+
     def _make_ca(self) -> None:
         key = ec.generate_private_key(ec.SECP256R1())
-        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "KubeEdge")])
-        now = datetime.datetime.now(datetime.UTC)
-        certificate = (
-            x509.CertificateBuilder()
-            .subject_name(name)
-            .issuer_name(name)
-            .public_key(key.public_key())
-            .serial_number(1024)
-            .not_valid_before(now - _SKEW)
-            .not_valid_after(now + _CENTURY)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-            .add_extension(
-                x509.KeyUsage(
-                    digital_signature=True,
-                    key_encipherment=True,
-                    key_cert_sign=True,
-                    content_commitment=False,
-                    data_encipherment=False,
-                    key_agreement=False,
-                    crl_sign=False,
-                    encipher_only=False,
-                    decipher_only=False,
-                ),
-                critical=True,
-            )
-            .add_extension(
-                x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]),
-                critical=False,
-            )
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-            .sign(key, hashes.SHA256())
-        )
-        _write_pair(self.ca, certificate, key)
+        _write_pair(self.ca, _make_ca(key), key)
 
     def _issue(
         self,
@@ -161,13 +227,27 @@ class Authority:
         not_before: datetime.datetime | None = None,
     ) -> None:
         key = ec.generate_private_key(ec.SECP256R1())
+        name = x509.Name([x509.NameAttribute(oid, value) for oid, value in subject])
         begin = not_before or datetime.datetime.now(datetime.UTC) - _SKEW
+        builder = self._leaf(name, key.public_key(), usages, begin, lifetime)
+        if names:
+            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+        _write_pair(pair, builder.sign(self._key, hashes.SHA256()), key)
+
+    def _leaf(
+        self,
+        subject: x509.Name,
+        key: CertificatePublicKeyTypes,
+        usages: Sequence[x509.ObjectIdentifier],
+        begin: datetime.datetime,
+        lifetime: datetime.timedelta,
+    ) -> x509.CertificateBuilder:
         authority = x509.SubjectKeyIdentifier.from_public_key(self._key.public_key())
-        builder = (
+        return (
             x509.CertificateBuilder()
-            .subject_name(x509.Name([x509.NameAttribute(oid, value) for oid, value in subject]))
+            .subject_name(subject)
             .issuer_name(self._certificate.subject)
-            .public_key(key.public_key())
+            .public_key(key)
             .serial_number(x509.random_serial_number())
             .not_valid_before(begin)
             .not_valid_after(begin + lifetime)
@@ -177,13 +257,12 @@ class Authority:
                 critical=False,
             )
         )
-        if names:
-            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
-        _write_pair(pair, builder.sign(self._key, hashes.SHA256()), key)
 
     def _is_ours(self, pair: Pair) -> bool:
         """Whether the certificate was issued by the present CA."""
-        certificate = x509.load_pem_x509_certificate(pair.certificate.read_bytes())
+        return self._has_issued(x509.load_pem_x509_certificate(pair.certificate.read_bytes()))
+
+    def _has_issued(self, certificate: x509.Certificate) -> bool:
         try:
             certificate.verify_directly_issued_by(self._certificate)
         except (ValueError, TypeError, InvalidSignature):
@@ -198,6 +277,57 @@ class Authority:
         except x509.ExtensionNotFound:
             return False
         return set(extension.value) == set(names)
+
+
+def _make_ca(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "KubeEdge")])
+    now = datetime.datetime.now(datetime.UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1024)
+        .not_valid_before(now - _SKEW)
+        .not_valid_after(now + _CENTURY)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .add_extension(_key_usage(is_ca=True), critical=True)
+        .add_extension(
+            x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]),
+            critical=False,
+        )
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+
+
+def _key_usage(*, is_ca: bool = False) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=True,
+        key_encipherment=True,
+        key_cert_sign=is_ca,
+        content_commitment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        crl_sign=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _as_go_says(request: bytes) -> str:
+    """What Go's encoding/asn1 says of bytes that are no PKCS#10 request."""
+    if len(request) < 2:
+        return "asn1: syntax error: sequence truncated"
+    kind, size = request[:2]
+    if kind != 0x30:
+        found = f"{{class:{kind >> 6} tag:{kind & 31} length:{size} isCompound:{'true' if kind & 32 else 'false'}}}"
+        wanted = (
+            "{optional:false explicit:false application:false private:false defaultValue:<nil> tag:<nil> "
+            "stringType:0 timeType:0 set:false omitEmpty:false}"
+        )
+        return f"asn1: structure error: tags don't match (16 vs {found}) {wanted} certificateRequest @2"
+    return "asn1: syntax error: data truncated"
 
 
 def _general_name(host: str) -> x509.GeneralName:

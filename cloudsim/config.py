@@ -26,6 +26,10 @@ class SimConfig:
     "The control API has no authentication: keep it on loopback."
     control_port: int | None = 0
     "0: a free one. None: no control API."
+    certificate_port: int | None = None
+    "The certificate API, on `host`. 0: a free one. None: no certificate API. CloudCore's is 10002."
+    signing_seconds: float = 365 * 86400.0
+    "For how long the certificates are valid that nodes get there (CloudCore's edgeCertSigningDuration)."
     names: tuple[str, ...] = SERVER_NAMES
     "Names and addresses in the server's certificate, besides `host`."
     nodes: tuple[str, ...] = ()

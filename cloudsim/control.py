@@ -8,15 +8,17 @@ import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import msgspec
 
+from cloudsim.certificate_api import TOKEN_SECONDS, ApiFault
 from cloudsim.faults import Fault
 from cloudsim.wire import Undecodable, decode_as_go
 
 if TYPE_CHECKING:
+    from cloudsim.certificate_server import CertificateServer
     from cloudsim.sim import CloudSim
 
 log = logging.getLogger("cloudsim.control")
@@ -87,6 +89,9 @@ class ControlServer:
             ("DELETE", re.compile(r"/objects/([^/]+)/([^/]+)/([^/]+)"), self._remove_object),
             ("GET", re.compile(r"/faults"), self._list_faults),
             ("POST", re.compile(r"/faults"), self._fault),
+            ("POST", re.compile(r"/tokens"), self._token),
+            ("POST", re.compile(r"/certificate-api/faults"), self._certificate_fault),
+            ("PUT", re.compile(r"/certificate-api/signing-seconds"), self._signing_seconds),
             ("GET", re.compile(r"/received"), self._received),
             ("DELETE", re.compile(r"/received"), self._forget),
         ]
@@ -169,6 +174,7 @@ class ControlServer:
             "url": sim.url,
             "port": sim.port,
             "control_port": sim.control_port,
+            "certificate_port": sim.certificate_port,
             "directory": str(sim.config.directory),
             "hub_version": sim.config.hub_version.value,
             "served": sum(session["state"] == "served" for session in sim.sessions()),
@@ -247,6 +253,36 @@ class ControlServer:
         except OSError as error:
             raise Problem(HTTPStatus.CONFLICT, str(error)) from error
         return HTTPStatus.OK, {}
+
+    async def _token(self, call: Call, _: tuple[str, ...]) -> _Answer:
+        try:
+            wanted = msgspec.json.decode(call.body or b"{}", type=dict[str, float | None])
+        except ValueError as fault:
+            raise Problem(HTTPStatus.BAD_REQUEST, str(fault)) from fault
+        return HTTPStatus.OK, {"token": self._sim.token(expires_in=wanted.get("expires_in", TOKEN_SECONDS))}
+
+    async def _certificate_fault(self, call: Call, _: tuple[str, ...]) -> _Answer:
+        server = self._certificate_server()
+        try:
+            await server.inject(msgspec.json.decode(call.body, type=ApiFault))
+        except ValueError as error:
+            raise Problem(HTTPStatus.BAD_REQUEST, f"not a fault: {error}") from error
+        except OSError as error:
+            raise Problem(HTTPStatus.CONFLICT, str(error)) from error
+        return HTTPStatus.OK, {}
+
+    async def _signing_seconds(self, call: Call, _: tuple[str, ...]) -> _Answer:
+        try:
+            seconds = msgspec.json.decode(call.body, type=Annotated[float, msgspec.Meta(ge=1, le=3_153_600_000)])
+        except ValueError as error:
+            raise Problem(HTTPStatus.BAD_REQUEST, f"expected seconds: {error}") from error
+        self._certificate_server().api.signing_seconds = seconds
+        return HTTPStatus.OK, {}
+
+    def _certificate_server(self) -> CertificateServer:
+        if self._sim.certificates is None:
+            raise Problem(HTTPStatus.CONFLICT, "there is no certificate API: start with --certificate-port")
+        return self._sim.certificates
 
     async def _received(self, call: Call, _: tuple[str, ...]) -> _Answer:
         counts = self._sim.recorder.counts()

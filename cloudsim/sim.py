@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import asdict
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cloudsim import tls
+from cloudsim.certificate_api import TOKEN_SECONDS, CertificateApi, make_token
 from cloudsim.certificates import Authority, Pair
 from cloudsim.config import SimConfig
 from cloudsim.control import ControlServer
@@ -25,6 +26,9 @@ from cloudsim.shell import HubShell
 from cloudsim.websocket import Listener
 from cloudsim.wire import CloudMessage, Header, Route
 from runtime.message import new_id
+
+if TYPE_CHECKING:
+    from cloudsim.certificate_server import CertificateServer
 
 log = logging.getLogger("cloudsim")
 
@@ -62,6 +66,8 @@ class CloudSim:
         self._control = (
             ControlServer(self, config.control_host, config.control_port) if config.control_port is not None else None
         )
+        self.certificates = self._certificate_server(server)
+        "The certificate API; None without `certificate_port`."
         self._reopen: asyncio.Task[None] | None = None
 
     # --- life --------------------------------------------------------------------------------------
@@ -69,6 +75,8 @@ class CloudSim:
     async def __aenter__(self) -> CloudSim:
         await self._listener.open()
         try:
+            if self.certificates is not None:
+                await self.certificates.open()
             if self._control is not None:
                 await self._control.open()
             self._write_ports()
@@ -87,13 +95,18 @@ class CloudSim:
         self._cancel_reopen()
         if self._control is not None:
             await self._control.aclose()
+        if self.certificates is not None:
+            await self.certificates.aclose()
         self.shell.close()
         await self._listener.aclose()
 
     def _write_ports(self) -> None:
         path = self.config.directory / "ports.json"
         temporary = path.with_name(".ports.json")
-        temporary.write_text(json.dumps({"port": self.port, "control_port": self.control_port}) + "\n")
+        ports = {"port": self.port, "control_port": self.control_port}
+        if self.certificate_port is not None:
+            ports["certificate_port"] = self.certificate_port
+        temporary.write_text(json.dumps(ports) + "\n")
         temporary.replace(path)
 
     @property
@@ -104,6 +117,10 @@ class CloudSim:
     @property
     def control_port(self) -> int | None:
         return self._control.port if self._control else None
+
+    @property
+    def certificate_port(self) -> int | None:
+        return self.certificates.port if self.certificates else None
 
     @property
     def url(self) -> str:
@@ -118,6 +135,26 @@ class CloudSim:
     def certificate(self, node: str) -> Pair:
         """The files of a node's certificate, made when they are not there."""
         return self.authority.node(node)
+
+    def token(self, *, expires_in: float | None = TOKEN_SECONDS) -> str:
+        """A token to join with, as `keadm gettoken` shows it; `expires_in` seconds, None: never."""
+        return make_token(self.authority, expires_at=None if expires_in is None else time.time() + expires_in)
+
+    def _certificate_server(self, server: Pair) -> CertificateServer | None:
+        if self.config.certificate_port is None:
+            return None
+        from cloudsim.certificate_server import CertificateServer  # pyOpenSSL: only where it is wanted
+
+        return CertificateServer(
+            CertificateApi(self.authority, self._is_node, signing_seconds=self.config.signing_seconds),
+            self.authority,
+            server,
+            self.config.host,
+            self.config.certificate_port,
+        )
+
+    def _is_node(self, name: str) -> bool:
+        return name in self.config.nodes or self.hub.is_served(name)
 
     # --- the hub -----------------------------------------------------------------------------------
 

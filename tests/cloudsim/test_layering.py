@@ -11,6 +11,7 @@ import cloudsim
 
 PACKAGE = Path(cloudsim.__file__).parent
 CORES = ["frames", "wire", "handshake", "rules", "queues", "hub", "impairment", "faults", "edgecontroller"]
+CORES += ["certificate_api"]
 IO = {"asyncio", "socket", "ssl", "time", "os", "subprocess", "threading", "logging", "zmq"}
 
 
