@@ -96,4 +96,4 @@ bench-peers: $(VENV)/.stamp-dev ## Install what `make bench` compares with
 	@bench/install-peers $(abspath $(PY))
 
 clean: ## Remove the environments and what tools left behind; keeps .state
-	@rm -rf $(VENV) $(AMQTT_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	@rm -rf $(VENV) $(AMQTT_VENV) .go .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
