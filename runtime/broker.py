@@ -27,12 +27,13 @@ from typing import Final
 import zmq
 
 from runtime import emp, locks, logs, memory
+from runtime.access import Credentials
 from runtime.config import NodeConfig, load
 from runtime.errors import EdgezmqError
 from runtime.exits import stopped_status
 from runtime.home import Home, find_home
 from runtime.routing import BrokerLimits, Life, Out, RoutingCore
-from runtime.routing_state import Credentials, Peer
+from runtime.routing_state import Peer
 from runtime.sockets import is_readable, receive_routed, send_routed
 
 log = logging.getLogger("runtime.broker")
@@ -129,7 +130,7 @@ class Broker:
             wake_due = clock()
             if not busy:
                 # Nothing read and nothing sent since the sockets were asked: the descriptors tell what comes.
-                timeout = max(0.0, deadline - wake_due)
+                timeout = max(0.0, min(deadline, core.paced_until) - wake_due)
                 wake_due += timeout
                 self._wait(timeout)
 

@@ -13,12 +13,14 @@ name with its mailbox, which is its outlets; its *incarnation* is the process th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from runtime import emp
+from runtime.access import Access, Credentials, Open
 from runtime.errors import MalformedFrame
 from runtime.inspection import Inspection
 from runtime.message import split_batch
@@ -27,7 +29,6 @@ from runtime.routing_state import (
     LATENCY_BOUNDS_SECONDS,
     PRIORITIES,
     Batch,
-    Credentials,
     Feed,
     Incarnation,
     Lane,
@@ -62,25 +63,6 @@ class Life(NamedTuple):
     "attached, back, silent, gone or fenced."
     pid: int
     credentials: Credentials
-
-
-class AccessPolicy(Protocol):
-    """Who may be whom, and who may send to whom."""
-
-    def refuse_hello(self, name: str, credentials: Credentials) -> str | None:
-        """Why `credentials` may not be `name`, or None."""
-
-    def may_send(self, sender: str, destination: str) -> bool: ...
-
-
-class Open:
-    """Everybody on the socket may be anybody: the file's permissions are the policy."""
-
-    def refuse_hello(self, name: str, credentials: Credentials) -> str | None:
-        return None
-
-    def may_send(self, sender: str, destination: str) -> bool:
-        return True
 
 
 class BrokerLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,7 +105,7 @@ class RoutingCore:
         now: float,
         limits: BrokerLimits | None = None,
         declared: Mapping[str, Iterable[str]] | None = None,
-        access: AccessPolicy | None = None,
+        access: Access | None = None,
     ) -> None:
         self.epoch = epoch
         self.limits = limits or BrokerLimits()
@@ -142,6 +124,9 @@ class RoutingCore:
         self._held_bytes = 0
         self._held_messages = 0
         self._throttled: list[Incarnation] = []
+        self._paced: list[Module] = []  # senders with batches that wait for their pace
+        self.paced_until = math.inf
+        "When the first of those may go on; `flush` sees to it then."
         self._freed = False  # a mailbox has become smaller since the throttled were last looked at
         self._retained: dict[tuple[str, str, str], Retained] = {}
         self._retained_bytes = 0
@@ -154,7 +139,7 @@ class RoutingCore:
         "What happened to modules since the shell last cleared it."
         self.inspection = Inspection(self.statistics)
         for name, groups in (declared or {}).items():
-            self._modules[name] = Module(name, declared=True, groups=frozenset(groups), now=now)
+            self._modules[name] = self._new_module(name, frozenset(groups), now, declared=True)
         self._handlers: Final[dict[bytes, Callable[[Peer, Incarnation, Any, bytes | None, float], None]]] = {
             emp.SEND: self._on_send,
             emp.ACK: self._on_ack,
@@ -185,7 +170,11 @@ class RoutingCore:
         elif verb == emp.HELLO:
             self._on_hello(peer, header, credentials or Credentials(), now)
         elif verb == emp.ADMIN:
-            self._out.extend(Out(peer, answer) for answer in self.inspection.ask(peer, header, body, now))
+            known = credentials or (Credentials() if incarnation is None else incarnation.credentials)
+            if self._access.may_ask(known):
+                self._out.extend(Out(peer, answer) for answer in self.inspection.ask(peer, header, body, now))
+            else:
+                self._refuse_frame(peer, emp.DENIED, "ADMIN/1 is for the user whom the broker runs as")
         else:
             self._refuse_frame(peer, emp.UNKNOWN_VERB, f"{verb.decode()} goes from broker to module only")
 
@@ -244,6 +233,8 @@ class RoutingCore:
     def flush(self, now: float) -> list[Out]:
         """What to send, after any number of calls of the others."""
         self._now = now
+        if now >= self.paced_until:
+            self._release_paced(now)
         if self._dirty_modules:
             dirty, self._dirty_modules = self._dirty_modules, []
             for module in dirty:
@@ -272,7 +263,7 @@ class RoutingCore:
                 peer, emp.BAD_HEADER, f"HELLO/1: generation {hello.generation} is above {MAX_GENERATION}"
             )
             return
-        why = self._access.refuse_hello(hello.name, credentials)
+        why = self._access.refuse_hello(hello.name, tuple(hello.groups), credentials)
         if why is not None:
             self._refuse_frame(peer, emp.HELLO_DENIED, why)
             return
@@ -282,7 +273,7 @@ class RoutingCore:
             if len(self._modules) >= self.limits.max_modules:
                 self._refuse_frame(peer, emp.TOO_MANY, f"{self.limits.max_modules} names are in use, the most allowed")
                 return
-            module = Module(hello.name, declared=False, groups=frozenset(hello.groups), now=now)
+            module = self._new_module(hello.name, frozenset(hello.groups), now)
             self._modules[hello.name] = module
             late = hello.generation > 0 and self._grace_until is None
         holder = module.holder
@@ -368,6 +359,11 @@ class RoutingCore:
             self._deliver_retained(module, now)
         self._wake(module)
         self._event(module, "back" if returning else "attached", holder.pid, now)
+
+    def _new_module(self, name: str, groups: frozenset[str], now: float, *, declared: bool = False) -> Module:
+        module = Module(name, declared=declared, groups=groups, now=now)
+        module.pace = self._access.pace(name)
+        return module
 
     def _fence(self, holder: Incarnation, generation: int, now: float) -> None:
         """`holder` loses its name to a process of `generation`."""
@@ -554,7 +550,7 @@ class RoutingCore:
         reason = None
         if batch.size > max(limits.message_bytes, limits.batch_bytes) + 16:
             reason = emp.TOO_LARGE
-        elif not self._access.may_send(lane.sender.name, lane.destination):
+        elif not self._access.may_send(lane.sender.name, lane.destination, lane.priority):
             reason = emp.DENIED
         elif usage.messages and (
             usage.messages + count > 2 * limits.window_messages
@@ -585,6 +581,8 @@ class RoutingCore:
 
     def _must_wait(self, lane: Lane, batch: Batch) -> bool:
         """With the budget used up, only a receiver that holds nearly nothing gets more."""
+        if lane.sender.module.paced:
+            return True
         return lane.priority != REPLY and self._is_beyond_reserve(lane, batch.size)
 
     def _is_beyond_reserve(self, lane: Lane, size: int) -> bool:
@@ -606,7 +604,10 @@ class RoutingCore:
             if (
                 not room
                 and sender.throttled
-                and all(self._is_beyond_reserve(lane, max(size, least)) for lane, size in sender.untaken.items())
+                and (
+                    sender.module.paced
+                    or all(self._is_beyond_reserve(lane, max(size, least)) for lane, size in sender.untaken.items())
+                )
             ):
                 self._throttled.append(sender)
                 continue
@@ -617,16 +618,48 @@ class RoutingCore:
                 self._ask(peer)
 
     def _route(self, lane: Lane, batch: Batch, now: float) -> None:
-        if lane.batches[0] is not batch and not lane.batches[-2].routed:
-            return  # behind a parked one
-        if self._grace_until is not None and not self._can_route_now(lane):
-            self._parked.append(lane)
+        if self._grace_until is not None:
+            if lane.batches[0] is not batch and not lane.batches[-2].routed:
+                return  # behind a parked one
+            if not self._can_route_now(lane):
+                self._parked.append(lane)
+                return
+        if lane.sender.module.pace is None:
+            self._route_batch(lane, batch, now)
+        else:
+            self._keep_pace(lane.sender.module, lane, batch, now)
+
+    def _keep_pace(self, sender: Module, lane: Lane, batch: Batch, now: float) -> None:
+        """Route it, or let it wait in its lane: the sender's window fills, and it waits as well."""
+        assert sender.pace is not None
+        due = now if sender.paced else sender.pace.due_at(now)
+        if sender.paced or due > now:
+            if not sender.paced:
+                self._paced.append(sender)
+                self.paced_until = min(self.paced_until, due)
+            sender.paced.append((lane, batch))
             return
+        sender.pace.take(batch.last - batch.from_ + 1, batch.size)
         self._route_batch(lane, batch, now)
 
+    def _release_paced(self, now: float) -> None:
+        waiting, self._paced = self._paced, []
+        self.paced_until = math.inf
+        for sender in waiting:
+            pace = sender.pace
+            assert pace is not None
+            due = now
+            while sender.paced and (due := pace.due_at(now)) <= now:
+                lane, batch = sender.paced.popleft()
+                pace.take(batch.last - batch.from_ + 1, batch.size)
+                self._route_batch(lane, batch, now)
+            if sender.paced:
+                self._paced.append(sender)
+                self.paced_until = min(self.paced_until, due)
+
     def _can_route_now(self, lane: Lane) -> bool:
-        """During the grace only what goes to a declared or attached module directly."""
-        if lane.to_group:
+        """During the grace only what goes to a declared or attached module directly, and keeps no pace."""
+        if lane.to_group or lane.sender.module.pace is not None:
             return False
         module = self._modules.get(lane.destination)
         return module is not None and (module.declared or module.seen) and (lane.priority != REPLY or module.seen)
@@ -637,7 +670,7 @@ class RoutingCore:
         for lane in parked:
             for batch in list(lane.batches):
                 if not batch.routed:
-                    self._route_batch(lane, batch, now)
+                    self._route(lane, batch, now)
 
     def _route_batch(self, lane: Lane, batch: Batch, now: float) -> None:
         batch.routed = True
@@ -933,10 +966,15 @@ class RoutingCore:
             before = outlet.acked
             delivered = cumulative - before
             for refused, reason in exceptions:
-                if before < refused <= cumulative:  # an ACK may repeat what an earlier one said
-                    delivered -= 1
-                    if not self._is_excepted(outlet, refused):
-                        self._except(outlet.lane, refused, reason, module)
+                # An ACK may repeat what an earlier one said.
+                if before < refused <= cumulative and not self._is_excepted(outlet, refused):
+                    self._except(outlet.lane, refused, reason, module)
+            if outlet.lane.exceptions:
+                # Also those that the broker itself has refused since, and which the receiver need not repeat.
+                delivered -= sum(
+                    before < refused <= cumulative and self._is_excepted(outlet, refused)
+                    for refused in outlet.lane.exceptions
+                )
             module.delivered += delivered
             outlet.lane.usage.delivered += delivered
             priority = outlet.lane.priority
@@ -1273,6 +1311,8 @@ class RoutingCore:
         `held` comes from the lanes' sequence numbers, the others are counted where they happen.
         """
         lanes = {id(lane): lane for lane in self._parked}
+        for sender in self._paced:
+            lanes.update((id(lane), lane) for lane, _ in sender.paced)
         for module in self._modules.values():
             if module.holder is not None:
                 lanes.update((id(lane), lane) for lane in module.holder.lanes.values())
@@ -1330,6 +1370,7 @@ class RoutingCore:
             "redelivered": module.redelivered,
             "refused": dict(module.refused),
             "suspects": len(module.suspects),
+            "paced": sum(batch.last - batch.from_ + 1 for _, batch in module.paced),
             "oldest_age_ms": int((now - oldest) * 1000) if oldest is not None else 0,
             "latency": dict(zip((*map(str, LATENCY_BOUNDS_SECONDS), "inf"), module.latency, strict=True)),
             "latency_sum_s": round(module.latency_sum, 6),

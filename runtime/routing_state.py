@@ -10,9 +10,8 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-import msgspec
-
 from runtime import emp
+from runtime.access import Credentials, Pace
 from runtime.names import is_group
 
 Peer = tuple[int, bytes]
@@ -21,16 +20,6 @@ Peer = tuple[int, bytes]
 PRIORITIES: Final = len(emp.Priority)
 LATENCY_BOUNDS_SECONDS: Final = (0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10.0)
 "Upper bounds of the buckets in which a message's time in the broker is counted."
-
-
-class Credentials(msgspec.Struct, frozen=True):
-    """What the kernel or ZAP says of a peer; -1 = unknown."""
-
-    uid: int = -1
-    gid: int = -1
-    pid: int = -1
-    key: str = ""
-    "The CURVE public key that ZAP accepted, in Z85, or empty."
 
 
 class Batch:
@@ -241,6 +230,8 @@ class Module:
         "latency_sum",
         "name",
         "outlets",
+        "pace",
+        "paced",
         "pumping",
         "ready",
         "redelivered",
@@ -275,6 +266,8 @@ class Module:
         self.suspects: dict[Outlet, int] = {}
         self.timed = 0  # batches in its mailbox that may expire
         self.pumping = False
+        self.pace: Pace | None = None
+        self.paced: deque[tuple[Lane, Batch]] = deque()  # its own, that wait for its pace
         self.delivered = 0
         self.redelivered = 0
         self.refused: dict[str, int] = {}

@@ -30,6 +30,8 @@ OPTIONS: Sequence[dict[str, Any] | None] = (
     {"window": 1, "prefetch": 1, "batch": 1},
     {"window": 3, "prefetch": 9, "batch": 8},
     {"window": 40, "prefetch": 40, "batch": 16},
+    {"paced": True},
+    {"window": 3, "prefetch": 9, "batch": 8, "paced": True},
 )
 
 

@@ -35,6 +35,7 @@ IO_LIBRARIES = {
 }
 
 RUNTIME_CORES = (
+    "access",
     "backoff",
     "client_core",
     "emp",
@@ -68,7 +69,7 @@ CORES = [
     *(ROOT / "modules" / "eventbus" / f"{name}.py" for name in EVENTBUS_CORES),
 ]
 
-RUNTIME_FOR_MODULE_CORES = {"backoff", "errors", "names", "emp", "message", "config"}
+RUNTIME_FOR_MODULE_CORES = {"backoff", "errors", "names", "emp", "message", "config", "proxy"}
 LIBRARIES = "runtime.libraries"
 "Sees to it that msgspec comes lean, whoever imports it first; a core gets nothing from it."
 MESSAGE = "runtime.message"

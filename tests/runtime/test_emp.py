@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime import emp
+from runtime.access import Credentials
 from runtime.errors import MalformedFrame
-from runtime.routing_state import Credentials
 from tests.support.bus_pair import BrokerRoom, RawBroker, make_body
 
 ID = b"i" * emp.INCARNATION_BYTES

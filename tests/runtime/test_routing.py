@@ -5,19 +5,19 @@ from __future__ import annotations
 import pytest
 
 from runtime import emp
+from runtime.access import Credentials, Open
 from runtime.message import decode_batch
 from runtime.routing import Life
-from runtime.routing_state import Credentials
 from tests.support.bus_pair import DATA, REPLY, REQUEST, SIGNAL, BrokerRoom, Pair, make_body
 
 
-class OnlyRoot:
+class OnlyRoot(Open):
     """uid 0 may be `hub`; `guest` may send to `hub` alone."""
 
-    def refuse_hello(self, name: str, credentials: Credentials) -> str | None:
+    def refuse_hello(self, name: str, groups: tuple[str, ...], credentials: Credentials) -> str | None:
         return "hub is uid 7's" if name == "hub" and credentials.uid != 7 else None
 
-    def may_send(self, sender: str, destination: str) -> bool:
+    def may_send(self, sender: str, destination: str, priority: int) -> bool:
         return sender != "guest" or destination == "hub"
 
 
@@ -382,3 +382,20 @@ def test_next_deadline_is_the_end_of_the_grace_then_regular() -> None:
     assert room.core.next_deadline(room.now) == room.now + 0.5
     room.pass_time(0.5)
     assert room.core.next_deadline(room.now) > room.now
+
+
+def test_a_receiver_that_does_not_repeat_what_expired_leaves_the_account_balanced() -> None:
+    room = BrokerRoom()
+    receiver = room.peer("receiver", prefetch=2)
+    sender = room.peer("sender")
+    sender.send("receiver", 1)
+    sender.send("receiver", 2)
+    sender.send("receiver", 3, ttl_ms=100)
+    sender.send("receiver", 4)
+    lane = receiver.take(emp.DELIVER)[0].lane
+    room.pass_time(1)
+    receiver.ack(lane, 1)
+    assert [header.void for header in receiver.take(emp.DELIVER)] == [[(3, emp.EXPIRED)]]
+    receiver.ack(lane, 4)
+    (account,) = room.core.statistics(room.now)["accounts"]
+    assert (account["accepted"], account["delivered"], account["refused"], account["balanced"]) == (4, 3, 1, True)

@@ -10,6 +10,7 @@ import asyncio
 import pytest
 
 from runtime import client, emp
+from runtime.access import Open
 from runtime.client_core import Attached, Complaint, Ended, Members, Replied
 from runtime.errors import Congested, NameTaken
 from runtime.message import Message, current_handling, encode_message
@@ -17,16 +18,13 @@ from tests.support.aio import run
 from tests.support.bus_pair import DATA, REPLY, REQUEST, SIGNAL, BrokerRoom, Pair, RawBroker, make_body
 
 
-class Denying:
+class Denying(Open):
     """An access policy that denies what its set names: (sender, destination)."""
 
     def __init__(self) -> None:
         self.denied: set[tuple[str, str]] = set()
 
-    def refuse_hello(self, name: str, credentials: object) -> str | None:
-        return None
-
-    def may_send(self, sender: str, destination: str) -> bool:
+    def may_send(self, sender: str, destination: str, priority: int) -> bool:
         return (sender, destination) not in self.denied
 
 

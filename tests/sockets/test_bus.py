@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from runtime import client, emp
+from runtime.access import Open
 from runtime.client import Bus, Presence, Receipt
 from runtime.emp import Priority
 from runtime.errors import (
@@ -137,11 +138,11 @@ def test_a_group_message_reaches_every_member(broker: ThreadBroker) -> None:
 # --- refusals -------------------------------------------------------------------------------------
 
 
-class Denying:
-    def refuse_hello(self, name: str, credentials: object) -> str | None:
+class Denying(Open):
+    def refuse_hello(self, name: str, groups: tuple[str, ...], credentials: object) -> str | None:
         return "not here" if name == "unwanted" else None
 
-    def may_send(self, sender: str, destination: str) -> bool:
+    def may_send(self, sender: str, destination: str, priority: int) -> bool:
         return destination != "secret"
 
 

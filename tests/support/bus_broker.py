@@ -13,8 +13,9 @@ from typing import Any
 import zmq
 
 from runtime import emp
+from runtime.access import Access
 from runtime.broker import Broker
-from runtime.routing import AccessPolicy, BrokerLimits, RoutingCore
+from runtime.routing import BrokerLimits, RoutingCore
 from tests.support.deadline import DEADLINE
 
 
@@ -29,7 +30,7 @@ class ThreadBroker:
         directory: Path,
         *,
         declared: Mapping[str, Iterable[str]] | None = None,
-        access: AccessPolicy | None = None,
+        access: Access | None = None,
         limits: emp.Limits | None = None,
         **options: Any,
     ) -> None:

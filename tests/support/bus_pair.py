@@ -13,10 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from runtime import emp
+from runtime.access import Access, Credentials
 from runtime.client_core import Arrival, ClientCore, Event, OutBatch, State
 from runtime.message import Message, decode_batch, encode_message, join_batch
-from runtime.routing import AccessPolicy, BrokerLimits, RoutingCore
-from runtime.routing_state import Credentials, Peer
+from runtime.routing import BrokerLimits, RoutingCore
+from runtime.routing_state import Peer
 
 DATA = int(emp.Priority.DATA)
 SIGNAL = int(emp.Priority.SIGNAL)
@@ -44,7 +45,7 @@ class BrokerRoom:
         self,
         *,
         declared: Mapping[str, Iterable[str]] | None = None,
-        access: AccessPolicy | None = None,
+        access: Access | None = None,
         window: int = 100,
         window_bytes: int = 1 << 20,
         grace: float = 0.0,

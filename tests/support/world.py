@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runtime import emp
+from runtime.access import Credentials, Open, Pace
 from runtime.client_core import (
     Arrival,
     Attached,
@@ -34,7 +35,7 @@ from runtime.client_core import (
 )
 from runtime.message import Message, encode_message
 from runtime.routing import BrokerLimits, RoutingCore
-from runtime.routing_state import Credentials, Peer
+from runtime.routing_state import Peer
 
 LIVENESS = 1.0
 HEARTBEAT = 0.3
@@ -98,8 +99,16 @@ class Process:
     said_bye: bool = False
 
 
+class Paced(Open):
+    def __init__(self, paces: dict[str, tuple[float, float]]) -> None:
+        self.paces = paces
+
+    def pace(self, name: str) -> Pace | None:
+        return Pace(*self.paces[name]) if name in self.paces else None
+
+
 class World:
-    """One schedule. `modules`: name → (groups, declared)."""
+    """One schedule. `modules`: name → (groups, declared). `paced`: two of them have a quota."""
 
     MODULES = {
         "alpha": ({"g"}, True),
@@ -108,7 +117,9 @@ class World:
         "drifter": ({"g"}, False),
     }
 
-    def __init__(self, seed: int, *, steps: int = 220, window: int = 12, prefetch: int = 5, batch: int = 4) -> None:
+    def __init__(
+        self, seed: int, *, steps: int = 220, window: int = 12, prefetch: int = 5, batch: int = 4, paced: bool = False
+    ) -> None:
         self.random = random.Random(seed)
         self.seed = seed
         self.steps = steps
@@ -137,6 +148,7 @@ class World:
         self.attached_generations: dict[int, int] = {}
         self.trace: list[str] = []
         self.broker: RoutingCore | None = None
+        self.access = Paced({"alpha": (20.0, 0.0), "drifter": (0.0, 2000.0)} if paced else {})
         self.start_broker()
         for name in self.MODULES:
             self.start(name)
@@ -152,6 +164,7 @@ class World:
             now=self.now,
             limits=self.limits,
             declared={name: groups for name, (groups, declared) in self.MODULES.items() if declared},
+            access=self.access,
         )
 
     def start(self, name: str) -> Process:
