@@ -59,6 +59,7 @@ METRICS: Final = (
     Metric("edgezmq_module_in_flight_messages", "gauge", "Delivered, not acknowledged.", _MODULE),
     Metric("edgezmq_module_oldest_message_seconds", "gauge", "Age of the oldest message for the module.", _MODULE),
     Metric("edgezmq_module_suspect_lanes", "gauge", "Lanes on whose messages the module died repeatedly.", _MODULE),
+    Metric("edgezmq_module_paced_messages", "gauge", "Its own, that wait for its quota.", _MODULE),
     Metric("edgezmq_module_last_heard_seconds", "gauge", "Since the last frame of the module.", _MODULE),
     Metric("edgezmq_module_delivered_messages_total", "counter", "Messages the module acknowledged.", _MODULE),
     Metric("edgezmq_module_redelivered_messages_total", "counter", "Messages it was given once more.", _MODULE),
@@ -253,6 +254,7 @@ _OF_MODULE: Final = (
     ("edgezmq_module_queued_bytes", "queued_bytes"),
     ("edgezmq_module_in_flight_messages", "in_flight"),
     ("edgezmq_module_suspect_lanes", "suspects"),
+    ("edgezmq_module_paced_messages", "paced"),
     ("edgezmq_module_delivered_messages_total", "delivered"),
     ("edgezmq_module_redelivered_messages_total", "redelivered"),
 )
