@@ -39,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         directory=options.dir,
         host=options.host,
         port=options.port,
+        quic_port=options.quic_port,
+        quic_client_certificates=options.quic_certificates == "required",
+        quic_alpn=tuple(options.quic_alpn),
         control_port=options.control_port,
         certificate_port=options.certificate_port,
         signing_seconds=options.signing_seconds,
@@ -70,9 +73,7 @@ async def _serve(config: SimConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with CloudSim(config) as sim:
-        ready = {"url": sim.url, "port": sim.port, "control_port": sim.control_port, "dir": str(config.directory)}
-        if sim.certificate_port is not None:
-            ready["certificate_port"] = sim.certificate_port
+        ready = {"url": sim.url, **sim.ports(), "dir": str(config.directory)}
         print(f"cloudsim ready {json.dumps(ready)}", flush=True)
         await stop.wait()
 
@@ -114,7 +115,7 @@ def _token(words: Sequence[str]) -> int:
 def _serve_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m cloudsim",
-        description="A CloudHub double: websocket with mutual TLS, and an HTTP API on loopback to control it. "
+        description="A CloudHub double: websocket and QUIC with mutual TLS, and an HTTP API on loopback to control it. "
         "`python -m cloudsim cert NODE --dir DIR` makes a node's certificate, `python -m cloudsim token --dir DIR` "
         "a token to join with.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -123,6 +124,14 @@ def _serve_parser() -> argparse.ArgumentParser:
     add("--dir", type=Path, required=True, help="for the CA, certificates, keys and ports.json; made if missing")
     add("--host", default="127.0.0.1", help="address the websocket listens on")
     add("--port", type=_port, default=10000, help="websocket port; 0: a free one")
+    add("--quic-port", type=_port, default=None, help="UDP port of QUIC version 1; 0: a free one")
+    add(
+        "--quic-certificates",
+        choices=("required", "unseen"),
+        default="required",
+        help="demand client certificates over QUIC, or see none, as over Google's QUIC",
+    )
+    add("--quic-alpn", action="append", default=[], metavar="NAME", help="a protocol the QUIC port takes (ALPN)")
     add("--control-port", type=_port, default=10080, help="control API port on 127.0.0.1; 0: a free one")
     add("--certificate-port", type=_port, default=None, help="certificate API; 0: a free one; CloudCore: 10002")
     add("--signing-seconds", type=_lifetime, default=365 * 86400.0, help="how long nodes' certificates are valid")
@@ -173,6 +182,7 @@ def _explain(error: OSError, config: SimConfig) -> str:
     if error.errno == errno.EADDRINUSE:
         ports = [
             (f"{config.host}:{config.port}", "--port"),
+            (f"{config.host}:{config.quic_port}", "--quic-port"),
             (f"{config.host}:{config.certificate_port}", "--certificate-port"),
         ]
         ports.append((f"{config.control_host}:{config.control_port}", "--control-port"))

@@ -22,6 +22,12 @@ class SimConfig:
     "Where the websocket listens."
     port: int = 0
     "0: a free one. CloudHub's is 10000."
+    quic_port: int | None = None
+    "None: no QUIC. 0: a free UDP port. CloudHub's is 10001, and off unless it is configured."
+    quic_client_certificates: bool = True
+    "Demanded and verified, as on the websocket. False: not looked at, as over Google's QUIC."
+    quic_alpn: tuple[str, ...] = ()
+    "Protocols (ALPN) that the QUIC port takes. None named: ALPN is not used."
     control_host: str = "127.0.0.1"
     "The control API has no authentication: keep it on loopback."
     control_port: int | None = 0

@@ -172,9 +172,7 @@ class ControlServer:
         return HTTPStatus.OK, {
             "ok": True,
             "url": sim.url,
-            "port": sim.port,
-            "control_port": sim.control_port,
-            "certificate_port": sim.certificate_port,
+            **sim.ports(),
             "directory": str(sim.config.directory),
             "hub_version": sim.config.hub_version.value,
             "served": sum(session["state"] == "served" for session in sim.sessions()),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import uuid
 from typing import Any, Final
 
-from cloudsim.wire import CloudMessage, Header, Route
+from cloudsim.wire import CloudMessage, Header, Route, json_content
 
 _NAMESPACE: Final = uuid.UUID("6f2d3a55-3d0c-4e53-9d4a-2f1f2f1e7c10")
 "Of the uids given to objects that come without: the same object has the same uid in each run."
@@ -79,7 +79,8 @@ class EdgeController:
         """Status goes into the Node object. The first time the node is told of the object the cloud made."""
         key = (namespace, "node", node)
         is_new = key not in self._objects
-        status = request.content.get("Status") if isinstance(request.content, dict) else None
+        content = json_content(request.content)
+        status = content.get("Status") if isinstance(content, dict) else None
         made = self.put(*key, {"kind": "Node", "apiVersion": "v1", "spec": {}, "status": status or {}})
         answer = self._message("response", key, self._objects[key], request)
         answer.content = "OK"

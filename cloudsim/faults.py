@@ -12,6 +12,7 @@ Kind = Literal[
     "stall",
     "throttle",
     "delay",
+    "loss",
     "slow-pong",
     "close-mid-frame",
     "drop-at",
@@ -21,7 +22,7 @@ Kind = Literal[
     "clear",
 ]
 
-LASTING: frozenset[Kind] = frozenset({"throttle", "delay", "slow-pong", "reject"})
+LASTING: frozenset[Kind] = frozenset({"throttle", "delay", "loss", "slow-pong", "reject"})
 "These also meet connections made later, until they are cleared."
 
 
@@ -33,7 +34,8 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     stall            nothing is read any more; writing goes on (`seconds`, or until cleared)
     throttle         `bytes_per_second` in each direction
     delay            `seconds` of round trip time, half of it in each direction
-    slow-pong        each pong goes out `seconds` late
+    loss             QUIC: `rate` (0 to 1) of the datagrams are lost, in each direction
+    slow-pong        each pong goes out `seconds` late; over QUIC, what the hub answers itself
     close-mid-frame  the next message to the node ends half-way, with the connection
     drop-at          the `count`-th message from now on ends the connection, handed on first if `dispatched`
     reject           connections made from now on get no session (`count` of them, or all until cleared)
@@ -47,6 +49,7 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     "Empty: all nodes."
     seconds: float | None = None
     bytes_per_second: float | None = None
+    rate: float | None = None
     count: int | None = None
     dispatched: bool = False
 
@@ -58,6 +61,10 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             raise ValueError(f"`seconds` is {self.seconds}, expected 0 to 86400")
         if self.fault == "throttle" and not (self.bytes_per_second and self.bytes_per_second >= 1):
             raise ValueError("throttle needs `bytes_per_second` of at least 1")
+        if self.fault == "loss" and self.rate is None:
+            raise ValueError("loss needs `rate`")
+        if self.rate is not None and not 0 <= self.rate <= 1:
+            raise ValueError(f"`rate` is {self.rate}, expected 0 to 1")
         if self.count is not None and self.count < 1:
             raise ValueError(f"`count` is {self.count}, expected at least 1")
         if self.fault == "drop-at" and self.count is None:

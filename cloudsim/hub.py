@@ -1,8 +1,8 @@
 """CloudHub without its sockets: connections, sessions, routing, acknowledgements, keepalive.
 
 `Hub` is told what happened and when, and answers with the actions that follow. It opens no socket,
-reads no clock and logs nothing. Transports (websocket today) carry actions out; what a connection is
-made of does not matter here. Rules: docs/cloudlink.md.
+reads no clock and logs nothing. Transports carry actions out; what a connection is made of does not
+matter here, but for the form of its messages (`Peer.codec`). Rules: docs/cloudlink.md.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from cloudsim.rules import (
     strip_node_prefix,
     version_number,
 )
-from cloudsim.wire import CloudMessage, Header, Route, encode
+from cloudsim.wire import JSON_CODEC, CloudMessage, Codec, Header, Route
 
 TAKEOVER_SECONDS_2019: Final = 30.0
 "How long the 2019 hub lets a second connection of a node wait for the first to go."
@@ -58,6 +58,7 @@ class Peer:
     "Header ConnectionUse. Only of `msg` connections anything is read."
     certificates: int = 1
     common_name: str = ""
+    codec: Codec = JSON_CODEC
 
 
 class Send(msgspec.Struct, frozen=True, gc=False):
@@ -148,6 +149,7 @@ class SessionView:
     connection: int
     state: str
     reason: str
+    transport: str
     seconds: float
     received: int
     sent: int
@@ -230,7 +232,7 @@ class Hub:
         self._sessions[node] = _Session(
             connection,
             now + self.rules.keepalive_seconds,
-            AckQueue(self.rules.max_queued_objects),
+            AckQueue(self.rules.max_queued_objects, connection.peer.codec),
             PlainQueue(self.rules.max_queued_bytes),
         )
         return [
@@ -309,9 +311,10 @@ class Hub:
             return _NOTHING
         connection.received += 1
         node = connection.peer.node
-        effect, module = route_upstream(message, self.rules.version)
+        codec = connection.peer.codec
+        effect, module = route_upstream(message, self.rules.version, has_control=codec.has_control)
         if effect is Effect.CONTROL:
-            return [Send(number, encode(self._reply(message, "ack", now)))]
+            return [Send(number, codec.encode(self._reply(message, "ack", now)))]
         if self.rules.enforce_authorization and not is_admitted(message, node, self._delivered.get(node, ())):
             return [Note(node, "not-admitted", {"id": message.header.msg_id, "resource": message.route.resource})]
         if effect is Effect.FORWARD:
@@ -332,7 +335,7 @@ class Hub:
             reply.route = Route(
                 source="cloudhub", group="resource", operation="response", resource=message.route.resource
             )
-            session.plain.offer(encode(reply))
+            session.plain.offer(codec.encode(reply))
             return self._pump(session, now)
         return _NOTHING
 
@@ -375,7 +378,7 @@ class Hub:
             )
             queue = "ack"
         else:
-            fault = session.plain.offer(encode(message))
+            fault = session.plain.offer(session.connection.peer.codec.encode(message))
             queue = "no-ack"
         if fault:
             return self._dropped(node, message, fault)
@@ -428,7 +431,7 @@ class Hub:
                     Header(self.new_id(), timestamp=self._unix_ms(now)),
                     Route(source="resource", group="cloudhub", operation="disconnected"),
                 )
-                actions.append(Send(connection.number, encode(notice)))
+                actions.append(Send(connection.number, connection.peer.codec.encode(notice)))
                 actions += self._end(connection, "the first connection of the node did not go", now)
         return actions
 
@@ -463,6 +466,7 @@ class Hub:
                     connection=connection.number,
                     state=connection.state.value,
                     reason=connection.reason,
+                    transport=connection.peer.codec.transport,
                     seconds=round(now - connection.since, 3),
                     received=connection.received,
                     sent=session.sent if session else 0,

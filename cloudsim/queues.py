@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from cloudsim.rules import object_key, version_number
-from cloudsim.wire import CloudMessage, encode
+from cloudsim.wire import JSON_CODEC, CloudMessage, Codec
 
 RETRY_SECONDS: Final = 5.0
 "Between two tries of the object in flight."
@@ -28,10 +28,6 @@ class Queued:
     key: str
     message: CloudMessage
     payload: bytes
-
-
-def queued(message: CloudMessage, key: str = "") -> Queued:
-    return Queued(key, message, encode(message))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +51,9 @@ class AckQueue:
     Bounded by `max_items` objects; `offer` says no to the one too many.
     """
 
-    def __init__(self, max_items: int) -> None:
+    def __init__(self, max_items: int, codec: Codec = JSON_CODEC) -> None:
         self._max_items = max_items
+        self._encode = codec.encode
         self._store: dict[str, Queued] = {}
         self._order: deque[str] = deque()
         self._waiting: dict[str, float] = {}  # given up: back in the order at that time
@@ -89,11 +86,12 @@ class AckQueue:
                     return "the queue holds the same or a newer version, or a delete"
             elif acknowledged_version is not None and version <= acknowledged_version:
                 return f"version {acknowledged_version} is acknowledged already"
+        payload = self._encode(message)
         if held is None:
             if len(self._store) >= self._max_items:
                 return f"the queue is full ({self._max_items} objects)"
             self._order.append(key)
-        self._store[key] = queued(message, key)
+        self._store[key] = Queued(key, message, payload)
         return None
 
     def acknowledge(self, message_id: str) -> Queued | None:

@@ -10,7 +10,17 @@ from typing import Any
 import msgspec
 
 from cloudsim.rules import UNPREFIXED_MODULE
-from cloudsim.wire import CloudMessage, Header, Route, decode, encode, seen_in_cloud, to_json_object
+from cloudsim.wire import (
+    JSON_CODEC,
+    CloudMessage,
+    Codec,
+    Header,
+    Route,
+    content_data,
+    encode,
+    seen_in_cloud,
+    to_json_object,
+)
 
 
 class Received(msgspec.Struct, frozen=True, gc=False):
@@ -26,11 +36,13 @@ class Received(msgspec.Struct, frozen=True, gc=False):
     "As it came from the node."
     from_hub: bool = False
     "Made by the hub itself: a node's coming or going."
+    codec: Codec = JSON_CODEC
+    "Reads the payload."
 
     @property
     def message(self) -> CloudMessage:
         """As the cloud module sees it: resource with node/<id>/, numbers as float64 has them."""
-        message = decode(self.payload)
+        message = self.codec.decode(self.payload)
         message.content = seen_in_cloud(message.content)
         if self.module != UNPREFIXED_MODULE and not self.from_hub:
             message.route.resource = f"node/{self.node}/{message.route.resource}"
@@ -38,7 +50,7 @@ class Received(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def header(self) -> Header:
-        return decode(self.payload).header
+        return self.codec.decode(self.payload).header
 
     @property
     def route(self) -> Route:
@@ -48,15 +60,25 @@ class Received(msgspec.Struct, frozen=True, gc=False):
     @property
     def resource(self) -> str:
         """As the node sent it, without the prefix."""
-        return decode(self.payload).route.resource
+        return self.codec.decode(self.payload).route.resource
 
     @property
     def content(self) -> Any:
+        """The JSON value, or over QUIC bytes whatever was sent."""
         return self.message.content
+
+    @property
+    def data(self) -> bytes:
+        """Content as an application behind the cloud module gets it, the same for each transport."""
+        return content_data(self.codec.decode(self.payload).content)
 
     def line(self) -> bytes:
         message = self.message
         facts = {"seq": self.seq, "at": self.at, "event": "message", "node": self.node, "to": self.module}
+        if self.codec is not JSON_CODEC:
+            # Bytes are base64 in the message; a reader of events wants to see what they say.
+            facts["transport"] = self.codec.transport
+            facts["text"] = content_data(message.content).decode("utf-8", "replace")
         return _line(facts | {"message": to_json_object(message)})
 
 
@@ -103,7 +125,15 @@ class Recorder:
         self.by_node: Counter[str] = Counter()
         self.happened: Counter[str] = Counter()
 
-    def message(self, node: str, module: str, message: CloudMessage, payload: bytes, at: float) -> None:
+    def message(
+        self,
+        node: str,
+        module: str,
+        message: CloudMessage,
+        payload: bytes,
+        at: float,
+        codec: Codec = JSON_CODEC,
+    ) -> None:
         """A message of a node was handed to `module`. Called for each: the upload path."""
         message_id = message.header.msg_id
         ids = self._ids
@@ -116,7 +146,7 @@ class Recorder:
             if len(ids) > self._max_ids:
                 del ids[next(iter(ids))]
                 self.forgotten_ids += 1
-        self._append(Received(self.last_seq + 1, at, node, module, message_id, payload), len(payload))
+        self._append(Received(self.last_seq + 1, at, node, module, message_id, payload, False, codec), len(payload))
         self.by_module[module] += 1
         self.by_node[node] += 1
 

@@ -58,11 +58,14 @@ _TO_DYNAMICCONTROLLER: Final[Routing] = (Effect.FORWARD, "dynamiccontroller")
 _DROPPED: Final[Routing] = (Effect.DROP, "")
 
 
-def route_upstream(message: CloudMessage, version: HubVersion) -> Routing:
-    """Where CloudHub sends a message of a node; the first rule that matches counts."""
+def route_upstream(message: CloudMessage, version: HubVersion, *, has_control: bool = True) -> Routing:
+    """Where CloudHub sends a message of a node; the first rule that matches counts.
+
+    `has_control`: the connection layer answers operations ping, pong and config (see Codec).
+    """
     route = message.route
     operation = route.operation
-    if operation in _CONTROL_OPERATIONS:
+    if has_control and operation in _CONTROL_OPERATIONS:
         return Effect.CONTROL, ""
     if operation == "keepalive":
         return Effect.KEEPALIVE, ""

@@ -11,7 +11,7 @@ from cloudsim.edgecontroller import EdgeController
 from cloudsim.faults import LASTING, Fault
 from cloudsim.hub import Action, Drop, Forward, Hub, Note, Peer, Read, Send
 from cloudsim.recorder import Recorder
-from cloudsim.wire import CloudMessage, Undecodable, decode
+from cloudsim.wire import CloudMessage, Codec, Undecodable
 
 log = logging.getLogger("cloudsim")
 
@@ -42,6 +42,7 @@ class HubShell:
         self.lasting: list[Fault] = []
         self._wires: dict[int, Wire] = {}
         self._nodes: dict[int, str] = {}
+        self._codecs: dict[int, Codec] = {}
         self._drop_at: dict[str, list[_DropAt]] = {}
         self._reject_left: dict[int, int] = {}
         self._last_number = 0
@@ -61,6 +62,7 @@ class HubShell:
         number = self._last_number
         self._wires[number] = wire
         self._nodes[number] = peer.node
+        self._codecs[number] = peer.codec
         now = time.monotonic()
         if self._is_rejected_on_request(peer.node):
             actions = self.hub.connect_rejected(number, peer, "asked for by a fault", now=now)
@@ -76,19 +78,29 @@ class HubShell:
     def receive(self, number: int, payload: bytes) -> bool:
         """One message's payload; False: the connection has ended, read no more of it.
 
-        Call `settle` after a batch of these.
+        What cannot be decoded ends it. Call `settle` after a batch of these.
         """
-        if self._drop_at and self._must_drop(number, payload):
+        codec = self._codecs.get(number)
+        if codec is None:
             return False
         try:
-            message = decode(payload)
+            message = codec.decode(payload)
         except Undecodable as fault:
             log.info("undecodable message connection=%d: %s", number, fault)
             self.perform(self.hub.drop(number, now=time.monotonic(), reason=f"undecodable message: {fault}"))
             return False
+        return self.dispatch(number, message, payload)
+
+    def dispatch(self, number: int, message: CloudMessage, payload: bytes) -> bool:
+        """As `receive`, for a transport that decodes itself."""
+        codec = self._codecs.get(number)
+        if codec is None:
+            return False
+        if self._drop_at and self._must_drop(number, message, payload):
+            return False
         for action in self.hub.receive(number, message, now=time.monotonic()):
             if type(action) is Forward:
-                self.recorder.message(action.node, action.module, action.message, payload, self._wall)
+                self.recorder.message(action.node, action.module, action.message, payload, self._wall, codec)
                 if self.edgecontroller is not None and action.module == "edgecontroller":
                     for answer in self.edgecontroller.receive(action.node, action.message):
                         self.send(action.node, answer)
@@ -110,9 +122,19 @@ class HubShell:
         """The connection is gone."""
         if self._wires.pop(number, None) is None:
             return
-        self._nodes.pop(number, None)
+        self._forget(number)
         self.perform(self.hub.disconnected(number, now=time.monotonic(), reason=reason))
         self.settle()
+
+    def _forget(self, number: int) -> None:
+        self._nodes.pop(number, None)
+        self._codecs.pop(number, None)
+
+    def crash(self, reason: str) -> None:
+        """CloudCore panics over what a node has sent: all connections end; somebody starts it again."""
+        log.error("a real CloudCore would have crashed: %s", reason)
+        self.recorder.happen("", "crashed", {"reason": reason}, time.time())
+        self.reset()
 
     def writable(self, number: int, writable: bool) -> None:
         """The connection's write buffer is full, or empty again."""
@@ -129,7 +151,7 @@ class HubShell:
                         wire.send(payload)
                 case Drop(connection, reason):
                     log.info("drop connection=%d reason=%s", connection, reason)
-                    self._nodes.pop(connection, None)
+                    self._forget(connection)
                     if (wire := self._wires.pop(connection, None)) is not None:
                         wire.drop()
                 case Read(connection, wanted):
@@ -237,7 +259,7 @@ class HubShell:
                 return True
         return False
 
-    def _must_drop(self, number: int, payload: bytes) -> bool:
+    def _must_drop(self, number: int, message: CloudMessage, payload: bytes) -> bool:
         node = self._nodes.get(number, "")
         for key in (node, ""):
             for trap in self._drop_at.get(key, ()):
@@ -247,7 +269,7 @@ class HubShell:
                     if not self._drop_at[key]:
                         del self._drop_at[key]
                     if trap.dispatched:
-                        self.receive(number, payload)
+                        self.dispatch(number, message, payload)
                     self.perform(self.hub.drop(number, now=time.monotonic(), reason="fault: drop-at"))
                     return True
         return False

@@ -28,6 +28,7 @@ from cloudsim.wire import CloudMessage, Header, Route
 from runtime.message import new_id
 
 if TYPE_CHECKING:
+    from cloudsim import quic
     from cloudsim.certificate_server import CertificateServer
 
 log = logging.getLogger("cloudsim")
@@ -63,6 +64,7 @@ class CloudSim:
             max_message_bytes=config.max_message_bytes,
             receive_buffer_bytes=config.receive_buffer_bytes,
         )
+        self._quic = self._quic_listener(server)
         self._control = (
             ControlServer(self, config.control_host, config.control_port) if config.control_port is not None else None
         )
@@ -75,6 +77,8 @@ class CloudSim:
     async def __aenter__(self) -> CloudSim:
         await self._listener.open()
         try:
+            if self._quic is not None:
+                await self._quic.open()
             if self.certificates is not None:
                 await self.certificates.open()
             if self._control is not None:
@@ -91,7 +95,7 @@ class CloudSim:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Drop the nodes, close both ports. Idempotent."""
+        """Drop the nodes, close all ports. Idempotent."""
         self._cancel_reopen()
         if self._control is not None:
             await self._control.aclose()
@@ -99,15 +103,26 @@ class CloudSim:
             await self.certificates.aclose()
         self.shell.close()
         await self._listener.aclose()
+        if self._quic is not None:
+            await self._quic.aclose()
 
     def _write_ports(self) -> None:
         path = self.config.directory / "ports.json"
         temporary = path.with_name(".ports.json")
-        ports = {"port": self.port, "control_port": self.control_port}
-        if self.certificate_port is not None:
-            ports["certificate_port"] = self.certificate_port
-        temporary.write_text(json.dumps(ports) + "\n")
+        temporary.write_text(json.dumps(self.ports()) + "\n")
         temporary.replace(path)
+
+    def ports(self) -> dict[str, int | None]:
+        """What `ports.json` and the ready line tell."""
+        ports = {"port": self.port, "control_port": self.control_port}
+        for name, port in (("quic_port", self.quic_port), ("certificate_port", self.certificate_port)):
+            if port is not None:
+                ports[name] = port
+        return ports
+
+    @property
+    def quic_port(self) -> int | None:
+        return self._quic.port if self._quic else None
 
     @property
     def port(self) -> int:
@@ -139,6 +154,24 @@ class CloudSim:
     def token(self, *, expires_in: float | None = TOKEN_SECONDS) -> str:
         """A token to join with, as `keadm gettoken` shows it; `expires_in` seconds, None: never."""
         return make_token(self.authority, expires_at=None if expires_in is None else time.time() + expires_in)
+
+    def _quic_listener(self, server: Pair) -> quic.Listener | None:
+        config = self.config
+        if config.quic_port is None:
+            return None
+        from cloudsim import quic  # aioquic and protobuf: only where they are wanted
+
+        return quic.Listener(
+            self.shell,
+            self.authority,
+            server,
+            config.host,
+            config.quic_port,
+            sees_client_certificates=config.quic_client_certificates,
+            alpn=config.quic_alpn,
+            max_message_bytes=config.max_message_bytes,
+            chance=random.Random(config.seed),
+        )
 
     def _certificate_server(self, server: Pair) -> CertificateServer | None:
         if self.config.certificate_port is None:
@@ -213,6 +246,8 @@ class CloudSim:
         if fault.fault in ("refuse", "restart"):
             self._cancel_reopen()
             self._listener.close()
+            if self._quic is not None:
+                self._quic.close()
             if fault.fault == "restart":
                 self.shell.reset()
             seconds = fault.seconds if fault.fault == "refuse" else fault.seconds or 0.0
@@ -221,15 +256,20 @@ class CloudSim:
             return
         if fault.fault == "clear" and not fault.node:
             self._cancel_reopen()
-            await self._listener.open()
+            await self._open()
         self.shell.afflict(fault)
 
     async def _open_again(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
         try:
-            await self._listener.open()
+            await self._open()
         except OSError as error:
             log.error("the port could not be opened again: %s", error)
+
+    async def _open(self) -> None:
+        await self._listener.open()
+        if self._quic is not None:
+            await self._quic.open()
 
     def _cancel_reopen(self) -> None:
         if self._reopen is not None:

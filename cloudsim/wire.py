@@ -10,6 +10,8 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
@@ -225,6 +227,28 @@ _HTML: Final = (
 )
 
 
+def content_data(content: Any) -> bytes:
+    """Content as the bytes that a receiver in the cloud works with (beehive's GetContentData).
+
+    Bytes and text as they are, null as nothing, anything else as JSON.
+    """
+    if isinstance(content, bytes):
+        return content
+    if isinstance(content, str):
+        return content.encode()
+    return b"" if content is None else escaped(_encode(content))
+
+
+def json_content(content: Any) -> Any:
+    """Content as a cloud module that expects JSON reads it: over QUIC it comes as bytes. None where it is no JSON."""
+    if not isinstance(content, bytes):
+        return content
+    try:
+        return msgspec.json.decode(content)
+    except (ValueError, RecursionError):
+        return None
+
+
 def to_json_object(message: CloudMessage) -> dict[str, Any]:
     """The message as a JSON object's dict, with what CloudHub would leave out left out."""
     value: dict[str, Any] = msgspec.json.decode(encode(message))
@@ -251,8 +275,28 @@ def encode(message: CloudMessage) -> bytes:
             content=message.content,
         )
     )
-    # Outside of strings JSON has none of these bytes, so a plain replacement is an escape.
-    for plain, escaped in _HTML:
+    return escaped(data) + b"\n"
+
+
+def escaped(data: bytes) -> bytes:
+    """JSON text with Go's escapes. Outside of strings JSON has none of these bytes, so a plain replacement does."""
+    for plain, escape in _HTML:
         if plain in data:
-            data = data.replace(plain, escaped)
-    return data + b"\n"
+            data = data.replace(plain, escape)
+    return data
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """A message's form on one transport."""
+
+    transport: str
+    encode: Callable[[CloudMessage], bytes]
+    "Raises TypeError or ValueError for content without a form."
+    decode: Callable[[bytes], CloudMessage]
+    "Raises Undecodable."
+    has_control: bool
+    "Whether the connection layer answers operations ping, pong and config among the messages."
+
+
+JSON_CODEC: Final = Codec("websocket", encode, decode, has_control=True)
