@@ -13,7 +13,7 @@ import runtime.libraries  # noqa: F401  (first: see there)
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 from msgspec import Meta, field
@@ -23,9 +23,15 @@ from runtime.errors import ConfigError
 from runtime.home import Home, bus_endpoint, find_home
 from runtime.names import NAME_PATTERN
 
+if TYPE_CHECKING:
+    from runtime.proxy import Proxy
+
 _CA_FILE = "/etc/kubeedge/ca/rootCA.crt"
 _CERT_FILE = "/etc/kubeedge/certs/server.crt"
 _KEY_FILE = "/etc/kubeedge/certs/server.key"
+
+CURVE_KEY_PATTERN = r"^[0-9A-Za-z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}\Z"
+"32 bytes in Z85 (ZeroMQ RFC 32)."
 
 Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
@@ -140,6 +146,44 @@ class BusSection(Section, frozen=True):
 
     endpoint: str = ""
     "ipc://PATH or tcp://HOST:PORT; empty: ipc://$EDGEZMQ_HOME/run/bus.sock. EDGEZMQ_BUS wins over it."
+    listen: list[str] = []
+    "tcp://HOST:PORT endpoints for modules on other hosts, always with CURVE; the keys are those of `runtime.policy`."
+
+
+class CloudGrant(Section, frozen=True):
+    """One entry of `runtime.policy.modules.<name>.cloud`: messages that match all three may go to the cloud."""
+
+    groups: list[str] = ["*"]
+    "`route.group`; in all three * and ? stand for anything."
+    operations: list[str] = ["*"]
+    resources: list[str] = ["*"]
+
+
+class PolicyRule(Section, frozen=True):
+    """`runtime.policy.modules.<name>`: who may have the name, and what it may do. What is not granted is denied."""
+
+    users: list[str | Annotated[int, Meta(ge=0, le=2**32 - 2)]] = []
+    "Users of this host, by name or uid, that may be this module over ipc; the kernel says who asks."
+    keys: list[Annotated[str, Meta(pattern=CURVE_KEY_PATTERN)]] = []
+    "CURVE public keys (Z85, `edgezmq keys list`) that may be it over tcp."
+    to: list[str] = []
+    "Destinations: names of modules, `@group`, or `*`. Replies need no entry."
+    cloud: list[CloudGrant] = []
+    "What of it edgehub may send to the cloud; `to` must have `@hub` or `edgehub` as well."
+    messages_per_second: Annotated[float, Meta(ge=0)] = 0.0
+    "Beyond it the broker delays. 0: no limit."
+    bytes_per_second: Annotated[float, Meta(ge=0)] = 0.0
+    "Likewise, of bodies on the bus."
+    own_socket: bool = False
+    "The module is reached through EDGEZMQ_HOME/bus/<name>.sock, and only through that."
+
+
+class PolicySection(Section, frozen=True):
+    """`runtime.policy`: who may be whom on the bus, and what each may do."""
+
+    enable: bool = False
+    "True: names without a rule are only for the user whom the broker runs as."
+    modules: dict[str, PolicyRule] = {}
 
 
 class BrokerSection(Section, frozen=True):
@@ -217,6 +261,14 @@ class EdgeHubExtras(Section, frozen=True):
     "Deeper JSON is refused as `invalid`. Go's decoder stops at 10,000."
     retry_cap_seconds: Annotated[float, Meta(ge=1, le=86_400)] = 60.0
     "The longest pause between two dials."
+    server_name: str = ""
+    "The name that CloudHub's certificate must have; empty: the host of the address."
+    proxy: str = ""
+    "http://[USER[:PASSWORD]@]HOST:PORT of an HTTP proxy on the way to CloudHub, or https://…; websocket only."
+    proxy_password_file: str = ""
+    "A file with the password, in place of one in `proxy`; read at each dial."
+    proxy_ca_file: str = ""
+    "The CA of an https:// proxy; empty: the machine's."
 
 
 class EventBusExtras(Section, frozen=True):
@@ -284,6 +336,7 @@ class RuntimeSection(Section, frozen=True):
     "The user's own declared modules. edgehub and eventbus are declared by being enabled."
     bus: BusSection = BusSection()
     broker: BrokerSection = BrokerSection()
+    policy: PolicySection = PolicySection()
     edgehub: EdgeHubExtras = EdgeHubExtras()
     eventbus: EventBusExtras = EventBusExtras()
     watchdog: WatchdogSection = WatchdogSection()
@@ -314,6 +367,22 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
             if module.enable:
                 declared[name] = declared.get(name, frozenset()) | frozenset(module.groups)
         return declared
+
+    def cloud_proxy(self) -> Proxy | None:
+        """The proxy on the way to CloudHub; its password may be in `proxy_password_file`. Raises ConfigError."""
+        from runtime.proxy import Proxy
+
+        extra, key = self.runtime.edgehub, "runtime.edgehub.proxy"
+        proxy = Proxy.parse(extra.proxy, key) if extra.proxy else None
+        if proxy is not None and self.edge_hub.quic.enable:
+            raise ConfigError(key, str(proxy), "no proxy with QUIC, which is UDP: use the websocket")
+        if extra.proxy_password_file and (proxy is None or not proxy.user or proxy.password):
+            raise ConfigError(
+                "runtime.edgehub.proxyPasswordFile",
+                extra.proxy_password_file,
+                f"a USER and no PASSWORD in {key} beside it",
+            )
+        return proxy
 
     def endpoint(self, home: Home | None = None) -> str:
         """The bus endpoint for processes on this node; the environment may override it."""

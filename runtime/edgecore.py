@@ -24,7 +24,7 @@ from runtime.config import (
     default_node_name,
 )
 from runtime.errors import ConfigError
-from runtime.names import NAME_PATTERN
+from runtime.names import ADDRESS_PATTERN, NAME_PATTERN
 
 API_VERSION: Final = "edgecore.config.kubeedge.io/v1alpha2"
 KIND: Final = "EdgeCore"
@@ -45,7 +45,7 @@ _KUBEEDGE_MODULES: Final = frozenset(
     }
 )
 _OUR_MODULES: Final = frozenset({"edgeHub", "eventBus"})
-_SECRETS: Final = frozenset({"token", "mqttPassword"})
+_SECRETS: Final = frozenset({"token", "mqttPassword", "proxy"})
 
 # What Kubernetes allows as a node's name (RFC 1123 subdomain), for it is part of the URL and the certificate.
 _NODE_NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
@@ -90,6 +90,7 @@ def _check(config: NodeConfig) -> None:
         _check_address(f"modules.edgeHub.{key}.server", server)
     for index, server in enumerate(config.runtime.edgehub.endpoints):
         _check_address(f"runtime.edgehub.endpoints[{index}]", server)
+    config.cloud_proxy()
     if hub.enable and hub.heartbeat * 2 > config.runtime.edgehub.keepalive_limit:
         raise ConfigError(
             "modules.edgeHub.heartbeat",
@@ -105,6 +106,7 @@ def _check(config: NodeConfig) -> None:
     endpoint = config.runtime.bus.endpoint
     if endpoint and not endpoint.startswith(("ipc://", "tcp://")):
         raise ConfigError("runtime.bus.endpoint", endpoint, "ipc://PATH or tcp://HOST:PORT")
+    _check_policy(config)
     for name, module in config.runtime.modules.items():
         if re.fullmatch(NAME_PATTERN, name) is None or name in ("broker", "watchdog", "cloud"):
             raise ConfigError(
@@ -117,9 +119,35 @@ def _check(config: NodeConfig) -> None:
             raise ConfigError(f"runtime.modules.{name}.enable", False, f"modules.{section}.enable to switch it off")
 
 
+def _check_policy(config: NodeConfig) -> None:
+    policy = config.runtime.policy
+    for index, endpoint in enumerate(config.runtime.bus.listen):
+        if re.fullmatch(r"tcp://(\[[0-9A-Fa-f:.]+\]|[^\[\]:/\s]+):\d{1,5}", endpoint) is None:
+            raise ConfigError(f"runtime.bus.listen[{index}]", endpoint, "tcp://HOST:PORT")
+        if not policy.enable:
+            raise ConfigError(
+                f"runtime.bus.listen[{index}]",
+                endpoint,
+                "runtime.policy.enable: over the network only keys that a rule names are admitted",
+            )
+    for name, rule in policy.modules.items():
+        key = f"runtime.policy.modules.{name}"
+        if re.fullmatch(NAME_PATTERN, name) is None:
+            raise ConfigError(key, name, "a module's name: 1 to 64 of A-Z a-z 0-9 . _ -")
+        if not rule.users and not rule.keys:
+            raise ConfigError(key, "neither users nor keys", "at least one who may have the name")
+        for destination in rule.to:
+            if destination != ANY and re.fullmatch(NAME_PATTERN, destination.removeprefix("@")) is None:
+                raise ConfigError(f"{key}.to", destination, "a module's name, @group, or *")
+        if rule.cloud and not {"@hub", "edgehub", ANY}.intersection(rule.to):
+            raise ConfigError(f"{key}.cloud", "given", "@hub or edgehub in `to`, or nothing of it reaches edgehub")
+        if rule.own_socket and not rule.users:
+            raise ConfigError(f"{key}.ownSocket", True, "`users`: a socket file is for users of this host")
+
+
 def _check_address(key: str, server: str) -> None:
-    host, _, port = server.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65_536:
+    parts = re.fullmatch(ADDRESS_PATTERN, server)
+    if parts is None or not 0 < int(parts["port"]) < 65_536:
         raise ConfigError(key, server, "host:port with a port of 1 to 65535")
 
 
@@ -158,10 +186,22 @@ def _is_wanted(key: str, section: object) -> bool:
 
 
 def _with_absolute_paths(config: NodeConfig, directory: Path) -> NodeConfig:
-    hub, tls = config.edge_hub, config.event_bus.event_bus_tls
+    hub, tls, extra = config.edge_hub, config.event_bus.event_bus_tls, config.runtime.edgehub
     replace = msgspec.structs.replace
+
+    def absolute(path: str) -> str:
+        return str(directory / path) if path else ""
+
     return replace(
         config,
+        runtime=replace(
+            config.runtime,
+            edgehub=replace(
+                extra,
+                proxy_password_file=absolute(extra.proxy_password_file),
+                proxy_ca_file=absolute(extra.proxy_ca_file),
+            ),
+        ),
         edge_hub=replace(
             hub,
             tls_ca_file=str(directory / hub.tls_ca_file),

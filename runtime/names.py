@@ -10,6 +10,9 @@ from runtime.errors import InvalidName
 NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z"
 "1 to 64 of A-Z a-z 0-9 . _ -, beginning with a letter or digit (docs/emp.md, Names); `$` would let a newline follow."
 
+ADDRESS_PATTERN: Final = r"(?:\[(?P<literal>[0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|(?P<name>[\w.-]+)):(?P<port>[0-9]{1,5})"
+"host:port of a cloud, IPv6 in brackets; whether the port is one (1 to 65535) is for who matches to say."
+
 _NAME = re.compile(NAME_PATTERN)
 _GROUP_MARK: Final = "@"
 

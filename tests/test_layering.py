@@ -43,6 +43,7 @@ RUNTIME_CORES = (
     "exposition",
     "inspection",
     "names",
+    "proxy",
     "routing",
     "routing_state",
     "viaduct",

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Final
 
 from modules.edgehub.coalescing import Coalescing
 from runtime.errors import ConfigError
+from runtime.names import ADDRESS_PATTERN
 
 if TYPE_CHECKING:
     from runtime.config import NodeConfig
+    from runtime.proxy import Proxy
 
 WEBSOCKET: Final = "websocket"
 QUIC: Final = "quic"
@@ -33,16 +35,10 @@ class Endpoint:
     def parse(cls, text: str, key: str) -> Endpoint:
         """`host:port`, IPv6 in brackets. `key` names the setting in the ConfigError."""
         rule = "host:port with a port from 1 to 65535, IPv6 in brackets"
-        host, colon, port = text.rpartition(":")
-        if host.startswith("[") and host.endswith("]"):
-            host = host[1:-1]
-        elif ":" in host:
+        parts = re.fullmatch(ADDRESS_PATTERN, text)
+        if parts is None or not 1 <= int(parts["port"]) <= 65535:
             raise ConfigError(key, text, rule)
-        if not colon or not host or "/" in host or not port.isascii() or not port.isdigit():
-            raise ConfigError(key, text, rule)
-        if not 1 <= int(port) <= 65535:
-            raise ConfigError(key, text, rule)
-        return cls(host, int(port))
+        return cls(parts["literal"] or parts["name"], int(parts["port"]))
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -62,6 +58,14 @@ class EdgeHubConfig:
     ca_file: str = "/etc/kubeedge/ca/rootCA.crt"
     cert_file: str = "/etc/kubeedge/certs/server.crt"
     key_file: str = "/etc/kubeedge/certs/server.key"
+    server_name: str = ""
+    "The name that CloudHub's certificate must have; empty: the endpoint's host."
+    proxy: Proxy | None = None
+    "On the way to every endpoint."
+    proxy_password_file: str = ""
+    "Read at each dial; in place of the password in `proxy`."
+    proxy_ca_file: str = ""
+    "Of an https proxy; empty: the machine's."
 
     heartbeat_seconds: float = 15.0
     "A keepalive message this often."
@@ -196,6 +200,10 @@ class EdgeHubConfig:
             ca_file=hub.tls_ca_file,
             cert_file=hub.tls_cert_file,
             key_file=hub.tls_private_key_file,
+            server_name=extra.server_name,
+            proxy=node.cloud_proxy(),
+            proxy_password_file=extra.proxy_password_file,
+            proxy_ca_file=extra.proxy_ca_file,
             heartbeat_seconds=float(hub.heartbeat),
             keepalive_limit_seconds=extra.keepalive_limit,
             handshake_seconds=float(section.handshake_timeout),

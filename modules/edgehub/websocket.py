@@ -21,6 +21,7 @@ from websockets.uri import parse_uri
 
 from modules.edgehub import cloud, tls
 from modules.edgehub.config import EdgeHubConfig, Endpoint
+from modules.edgehub.dialling import open_tls
 from modules.edgehub.frames import (
     CLOSE,
     PING,
@@ -80,22 +81,13 @@ class WebSocketLink(asyncio.Protocol):
 
     async def open(self, endpoint: Endpoint) -> None:
         context = tls.client_context(self._config)
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._config.handshake_seconds):
-                await loop.create_connection(
-                    lambda: self, endpoint.host, endpoint.port, ssl=context, server_hostname=endpoint.host
-                )
+                await open_tls(lambda: self, endpoint, self._config, context)
                 await self._shake_hands(endpoint)
         except TimeoutError as fault:
             self._abort()
             raise LinkLost(f"{endpoint}: no link within {self._config.handshake_seconds:g} s") from fault
-        except ssl.SSLError as fault:
-            self._abort()
-            raise LinkRefused(f"{endpoint}: {tls.explain(fault)}") from fault
-        except OSError as fault:
-            self._abort()
-            raise LinkLost(f"{endpoint}: {_explain_os_error(fault)}") from fault
         except BaseException:
             self._abort()
             raise
@@ -311,12 +303,6 @@ class WebSocketLink(asyncio.Protocol):
 def _wake(waiter: asyncio.Future[None] | None) -> None:
     if waiter is not None and not waiter.done():
         waiter.set_result(None)
-
-
-def _explain_os_error(fault: OSError) -> str:
-    if fault.errno is None or isinstance(fault, socket.gaierror):
-        return fault.strerror or str(fault)
-    return os.strerror(fault.errno)  # asyncio's own text repeats the address and leaves out the reason
 
 
 def _explain_upgrade(fault: Exception | None, head: bytes) -> str:

@@ -109,6 +109,10 @@ def test_relative_paths_are_taken_from_the_files_directory() -> None:
     config, _ = from_edgecore({"modules": {"edgeHub": {"tlsCaFile": "pki/ca.crt"}}}, directory=Path("/etc/node"))
     assert config.edge_hub.tls_ca_file == "/etc/node/pki/ca.crt"
     assert config.edge_hub.tls_cert_file == "/etc/kubeedge/certs/server.crt"
+    assert config.runtime.edgehub.proxy_ca_file == "", "what is not given stays so"
+    text = "runtime: {edgehub: {proxy: 'http://u@p:1', proxyPasswordFile: secret, proxyCaFile: /ca.crt}}"
+    extra = from_edgecore(yaml.safe_load(text), directory=Path("/etc/node"))[0].runtime.edgehub
+    assert (extra.proxy_password_file, extra.proxy_ca_file) == ("/etc/node/secret", "/ca.crt")
 
 
 # --- mistakes: key, value, rule ---------------------------------------------------------------------
@@ -142,6 +146,26 @@ def test_relative_paths_are_taken_from_the_files_directory() -> None:
         (
             "runtime: {edgehub: {endpoints: ['a:1', 'b:70000']}}",
             "runtime.edgehub.endpoints[1]: got 'b:70000', expected host:port with a port of 1 to 65535",
+        ),
+        (
+            "runtime: {edgehub: {endpoints: ['a b:1']}}",
+            "runtime.edgehub.endpoints[0]: got 'a b:1', expected host:port with a port of 1 to 65535",
+        ),
+        (
+            "runtime: {edgehub: {proxy: 'http://u:hunter2@proxy'}}",
+            "runtime.edgehub.proxy: got 'http://…@proxy', "
+            "expected http://[USER[:PASSWORD]@]HOST:PORT, or the same with https",
+        ),
+        ("runtime: {edgehub: {proxy: [hunter2]}}", "runtime.edgehub.proxy: got '(hidden)', expected str"),
+        (
+            "{modules: {edgeHub: {websocket: {enable: false}, quic: {enable: true}}}, "
+            "runtime: {edgehub: {proxy: 'http://u:hunter2@proxy:1'}}}",
+            "runtime.edgehub.proxy: got 'http://proxy:1', expected no proxy with QUIC, which is UDP: use the websocket",
+        ),
+        (
+            "runtime: {edgehub: {proxy: 'http://proxy:1', proxyPasswordFile: /secret}}",
+            "runtime.edgehub.proxyPasswordFile: got '/secret', "
+            "expected a USER and no PASSWORD in runtime.edgehub.proxy beside it",
         ),
         (
             "runtime: {modules: {cam: {group: [x]}}}",

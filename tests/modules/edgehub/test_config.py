@@ -13,6 +13,7 @@ from runtime.config import (
     WebsocketSection,
 )
 from runtime.errors import ConfigError
+from runtime.proxy import Proxy
 
 
 def config(**values: Any) -> EdgeHubConfig:
@@ -31,7 +32,8 @@ def test_an_endpoint_is_host_and_port(text: str, host: str, port: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "cloud", ":10000", "cloud:", "cloud:0", "cloud:65536", "cloud:x", "::1:10000", "wss://c:1", "c:-1"]
+    "text",
+    ["", "cloud", ":10000", "cloud:", "cloud:0", "cloud:65536", "cloud:x", "::1:10000", "wss://c:1", "c:-1", "a b:1"],
 )
 def test_anything_else_names_key_value_and_rule(text: str) -> None:
     with pytest.raises(ConfigError, match=r"some\.key.*host:port") as fault:
@@ -66,12 +68,18 @@ def test_the_sections_of_edgecore_yaml_become_one_value() -> None:
     node = NodeConfig(
         node_name="edge-1",
         edge_hub=EdgeHubSection(heartbeat=10, message_qps=7, websocket=WebsocketSection(server="cloud:10000")),
-        runtime=RuntimeSection(edgehub=EdgeHubExtras(endpoints=["other:10000"], memory_bytes=2**20)),
+        runtime=RuntimeSection(
+            edgehub=EdgeHubExtras(
+                endpoints=["other:10000"], memory_bytes=2**20, proxy="http://me@proxy:3128", proxy_password_file="/p"
+            )
+        ),
     )
     made = EdgeHubConfig.from_node(node)
     assert made.endpoints == (Endpoint("cloud", 10000), Endpoint("other", 10000))
     assert (made.protocol, made.heartbeat_seconds, made.message_qps) == ("websocket", 10.0, 7.0)
     assert made.memory_bytes == 2**20
+    assert made.proxy == Proxy("proxy", 3128, user="me")
+    assert made.proxy_password_file == "/p"
 
 
 def test_the_protocol_switch() -> None:
