@@ -153,10 +153,10 @@ class BusSection(Section, frozen=True):
 class CloudGrant(Section, frozen=True):
     """One entry of `runtime.policy.modules.<name>.cloud`: messages that match all three may go to the cloud."""
 
-    groups: list[str] = ["*"]
+    groups: list[str] = field(default_factory=lambda: ["*"])
     "`route.group`; in all three * and ? stand for anything."
-    operations: list[str] = ["*"]
-    resources: list[str] = ["*"]
+    operations: list[str] = field(default_factory=lambda: ["*"])
+    resources: list[str] = field(default_factory=lambda: ["*"])
 
 
 class PolicyRule(Section, frozen=True):
