@@ -183,7 +183,12 @@ class Lanes:
         """
         if not self._messages:
             return None
-        return self._chance.choice(sorted(self._messages))
+        return self._chance.choice(self.messages)
+
+    @property
+    def messages(self) -> list[int]:
+        """The message streams, whoever opened them."""
+        return sorted(self._messages)
 
     @property
     def may_open(self) -> bool:

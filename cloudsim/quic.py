@@ -479,6 +479,10 @@ class Connection:
         self._is_over = True
         self._outgoing.clear()
         self._unread.clear()
+        # viaduct gives its streams up before it closes, and a node may hear of that first (q2_55 of the vectors).
+        for stream in self._lanes.messages:
+            self._give_up(stream)
+        self._send_datagrams()
         self._quic.close()
         self._transmit()
         if self._number:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -175,7 +174,3 @@ async def quic_served(sim: CloudSim, node: str = "edge-a") -> AsyncIterator[Quic
         await connection.greet(node)
         connection.write(4, b"msg")
         yield connection
-
-
-def as_headers(content: Any) -> bytes:
-    return json.dumps(content).encode()

@@ -11,7 +11,7 @@ import cloudsim
 
 PACKAGE = Path(cloudsim.__file__).parent
 CORES = ["frames", "wire", "handshake", "rules", "queues", "hub", "impairment", "faults", "edgecontroller"]
-CORES += ["certificate_api"]
+CORES += ["certificate_api", "lanes", "viaduct"]
 IO = {"asyncio", "socket", "ssl", "time", "os", "subprocess", "threading", "logging", "zmq"}
 
 
