@@ -20,6 +20,7 @@ process serves on; *our caller's* fault (a wrong argument, a setting) is raised 
     +-- NameTaken                 a living module has this name
     +-- HelloRefused              the broker does not let this module in: code, text
     +-- AlreadyRunning            another process holds this name's lock: path, pid
+    +-- NotEnrolled               no certificate came of it: code (runtime/enrolment.py), text
 """
 
 from __future__ import annotations
@@ -126,3 +127,15 @@ class AlreadyRunning(EdgezmqError):
         super().__init__(f"{path} is held by {holder}: it is already running")
         self.path = path
         self.pid = pid
+
+
+class NotEnrolled(EdgezmqError):
+    """The cloud gave no certificate, or it could not be kept. `code` is one of runtime/enrolment.py.
+
+    The text names what came, what was expected and what to do. It never holds the token.
+    """
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+        self.text = text

@@ -173,6 +173,51 @@ def send(
 
 
 @app.command()
+def join(
+    server: Annotated[
+        str,
+        typer.Option(
+            help="CloudCore's certificate API: HOST[:PORT], port 10002. Default: modules.edgeHub.httpServer.",
+            show_default=False,
+        ),
+    ] = "",
+    token: Annotated[
+        str, typer.Option(help="What `keadm gettoken` printed. It is hidden from `ps` at once.", show_default=False)
+    ] = "",
+    token_file: Annotated[
+        str, typer.Option(help="Read the token from a file, - for stdin. Also: EDGEZMQ_TOKEN.", show_default=False)
+    ] = "",
+    node_name: Annotated[
+        str,
+        typer.Option(help="Default: modules.edged.hostnameOverride, else the host's name.", show_default=False),
+    ] = "",
+    cloudhub: Annotated[
+        str,
+        typer.Option(
+            help="CloudHub's HOST:PORT, for a new configuration. Default: the server's host, port 10000.",
+            show_default=False,
+        ),
+    ] = "",
+    config: ConfigOption = None,
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds to go on while the cloud cannot be reached.")] = 300.0,
+) -> None:
+    """Get this node's certificate with a token; write a configuration where there is none. Exit status 1: refused."""
+    from runtime.cli import joining as command
+
+    raise typer.Exit(
+        command.join(
+            token=token,
+            token_file=token_file,
+            server=server,
+            cloudhub=cloudhub,
+            node_name=node_name,
+            named=config,
+            timeout_seconds=timeout,
+        )
+    )
+
+
+@app.command()
 def check(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """Look for what will not work, before or while the node runs. Exit status 1: something fails."""
     from runtime.cli import checking as command
@@ -209,6 +254,10 @@ def main() -> None:
         from runtime import exec as command
 
         command.main(sys.argv[2:])
+    if sys.argv[1:2] == ["join"]:
+        from runtime.cli import joining
+
+        joining.hide_token()
     try:
         app()
     except EdgezmqError as fault:

@@ -58,6 +58,23 @@ def find(named: Path | None, home: Home, environ: Mapping[str, str] = os.environ
     )
 
 
+def dump(document: Mapping[str, Any]) -> str:
+    """YAML, keys in their order."""
+    return yaml.safe_dump(dict(document), sort_keys=False)
+
+
+def write(path: Path, text: str) -> None:
+    """A configuration (mode 0640, for it may hold a token), in one step. Raises OSError."""
+    scratch = path.with_name(f".{path.name}.new")
+    scratch.unlink(missing_ok=True)
+    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(descriptor)
+    scratch.replace(path)
+
+
 def read(path: Path) -> tuple[NodeConfig, list[str]]:
     """The checked configuration in `path`, and warnings. Raises ConfigError, OSError."""
     data = path.read_bytes()
