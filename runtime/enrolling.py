@@ -122,10 +122,14 @@ class _Cloud:
         try:
             writer.write(request)
             answers = AnswerReader()
+            has_begun = False
             while data := await reader.read(_READ_BYTES):
+                has_begun = True
                 answer = answers.feed(data)
                 if answer is not None:
                     return answer
+            if not has_begun:
+                raise EOFError
             return answers.end()
         finally:
             writer.transport.abort()  # one answer was all: no goodbyes that a broken peer might not give
