@@ -17,19 +17,22 @@ import faulthandler
 import gc
 import logging
 import os
+import pwd
 import select
 import signal
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import zmq
 
-from runtime import emp, locks, logs, memory
-from runtime.access import Credentials
+from runtime import emp, locks, logs, memory, zap
+from runtime.access import Access, Credentials, Open, Policy, Rule
 from runtime.config import NodeConfig, load
-from runtime.errors import EdgezmqError
+from runtime.errors import ConfigError, EdgezmqError
 from runtime.exits import stopped_status
 from runtime.home import Home, find_home
 from runtime.routing import BrokerLimits, Life, Out, RoutingCore
@@ -48,13 +51,42 @@ SEND_HWM: Final = 100_000
 SOCKET_MODE: Final = 0o660
 
 
-class Broker:
-    """Binds `endpoints` and serves until `stop`. Every frame a peer sends is answered or handled by the core."""
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """One endpoint of the bus."""
 
-    def __init__(self, core: RoutingCore, endpoints: list[str], *, max_frame_bytes: int) -> None:
+    endpoint: str
+    "ipc://PATH or tcp://HOST:PORT."
+    name: str = ""
+    "The one module it is for; empty: all."
+    secret_key: str = ""
+    "The broker's CURVE secret key (Z85): only who has an admitted key of its own comes in."
+    mode: int = SOCKET_MODE
+    "Of an ipc socket's file."
+    owner: int = -1
+    "The user whom that file is given to; -1: it stays ours."
+
+
+class Broker:
+    """Binds `listeners` and serves until `stop`. Every frame a peer sends is answered or handled by the core.
+
+    `admitted`: the CURVE public keys (Z85) that may connect over tcp.
+    """
+
+    def __init__(
+        self,
+        core: RoutingCore,
+        listeners: Sequence[Listener],
+        *,
+        max_frame_bytes: int,
+        admitted: frozenset[str] = frozenset(),
+    ) -> None:
         self._core = core
         self._context = zmq.Context(io_threads=1)
         self._sockets: list[zmq.Socket[bytes]] = []
+        self._names = [listener.name for listener in listeners]
+        self._admitted = admitted
+        self._zap: zmq.Socket[bytes] | None = None
         self._poll = select.epoll()
         self._watched: dict[int, tuple[str, int]] = {}  # pidfd -> name, pid
         self._dead: list[tuple[str, int]] = []
@@ -62,13 +94,18 @@ class Broker:
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._poll.register(self._wake_read, select.EPOLLIN)
         try:
-            for endpoint in endpoints:
-                self._sockets.append(self._bind(endpoint, max_frame_bytes))
+            if any(listener.secret_key for listener in listeners):
+                self._zap = self._context.socket(zmq.REP)
+                self._zap.setsockopt(zmq.LINGER, 0)
+                self._zap.bind(zap.ENDPOINT)
+                self._poll.register(int(self._zap.getsockopt(zmq.FD)), select.EPOLLIN)
+            for listener in listeners:
+                self._sockets.append(self._bind(listener, max_frame_bytes))
         except zmq.ZMQError:
             self.close()
             raise
 
-    def _bind(self, endpoint: str, max_frame_bytes: int) -> zmq.Socket[bytes]:
+    def _bind(self, listener: Listener, max_frame_bytes: int) -> zmq.Socket[bytes]:
         socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         # A ROUTER drops what it cannot route and says nothing; with this option send raises
         # EHOSTUNREACH instead (zmq_setsockopt(3)) and the core keeps the message.
@@ -78,9 +115,18 @@ class Broker:
         socket.setsockopt(zmq.BACKLOG, 1024)
         # libzmq cuts the connection of a peer that sends more; well above what we answer with `too-large`.
         socket.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
-        socket.bind(endpoint)
-        if endpoint.startswith("ipc://"):
-            os.chmod(endpoint.removeprefix("ipc://"), SOCKET_MODE)
+        if listener.secret_key:
+            socket.setsockopt(zmq.CURVE_SERVER, 1)
+            socket.setsockopt_string(zmq.CURVE_SECRETKEY, listener.secret_key)
+            socket.setsockopt_string(zmq.ZAP_DOMAIN, "edgezmq")
+            # Where the ZAP handler does not answer, nobody comes in (zmq_setsockopt(3)).
+            socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+        socket.bind(listener.endpoint)
+        if listener.endpoint.startswith("ipc://"):
+            path = listener.endpoint.removeprefix("ipc://")
+            if listener.owner >= 0:
+                os.chown(path, listener.owner, -1)
+            os.chmod(path, listener.mode)
         self._poll.register(int(socket.getsockopt(zmq.FD)), select.EPOLLIN)
         return socket
 
@@ -93,6 +139,8 @@ class Broker:
     def close(self) -> None:
         for socket in self._sockets:
             socket.close(linger=0)
+        if self._zap is not None:
+            self._zap.close(linger=0)
         self._context.term()
         for fd in self._watched:
             os.close(fd)
@@ -111,7 +159,7 @@ class Broker:
                 # We were stopped. What our peers sent meanwhile is still on its way through libzmq.
                 deadline = max(deadline, now + AFTER_STALL_SECONDS)
             drained = True
-            busy = False
+            busy = self._zap is not None and self._admit()
             for index, socket in enumerate(self._sockets):
                 messages = self._read(index, socket)
                 busy = busy or messages > 0
@@ -134,15 +182,28 @@ class Broker:
                 wake_due += timeout
                 self._wait(timeout)
 
+    def _admit(self) -> bool:
+        """Answer libzmq about the keys of new connections; whether it had asked."""
+        assert self._zap is not None
+        asked = False
+        while is_readable(self._zap):
+            asked = True
+            answer, refused = zap.answer(self._zap.recv_multipart(), self._admitted)
+            if refused:
+                log.warning("turned away key=%s", zap.fingerprint(refused))
+            self._zap.send_multipart(answer)
+        return asked
+
     def _read(self, index: int, socket: zmq.Socket[bytes]) -> int:
         """Give the core what has come, at most TURN_MESSAGES; how many it was."""
         core = self._core
         clock = time.monotonic
+        name = self._names[index]
         count = 0
         while count < TURN_MESSAGES and is_readable(socket):
             routing_id, frames, last = receive_routed(socket)
             peer: Peer = (index, routing_id)
-            core.receive(peer, frames, clock(), None if core.is_attached(peer) else _credentials(last))
+            core.receive(peer, frames, clock(), None if core.is_attached(peer) else _credentials(last, name))
             count += 1
         return count
 
@@ -200,16 +261,25 @@ class Broker:
         self._poll.register(fd, select.EPOLLIN)
 
 
-def _credentials(frame: zmq.Frame) -> Credentials:
-    """What libzmq knows of the peer: over ipc `Peer-Address` is `localhost:uid:gid:pid`, over tcp the address."""
+def _credentials(frame: zmq.Frame, socket_name: str = "") -> Credentials:
+    """What libzmq knows of the peer: over ipc `Peer-Address` is `localhost:uid:gid:pid`, over tcp the address.
+
+    With CURVE `User-Id` is the key, as `_admit` has told libzmq.
+    """
+    try:
+        key = frame.get("User-Id")
+        if key:
+            return Credentials(key=str(key), socket=socket_name)
+    except zmq.ZMQError:
+        pass  # no ZAP on this socket
     try:
         parts = frame.get("Peer-Address").split(":")  # type: ignore[union-attr]  # a str for this property
         if len(parts) == 4 and not parts[0][:1].isdigit():
             uid, gid, pid = map(int, parts[1:])
-            return Credentials(uid, gid, pid)
+            return Credentials(uid, gid, pid, socket=socket_name)
     except (zmq.ZMQError, ValueError):
         pass
-    return Credentials()
+    return Credentials(socket=socket_name)
 
 
 def make_core(config: NodeConfig, now: float) -> RoutingCore:
@@ -235,7 +305,71 @@ def make_core(config: NodeConfig, now: float) -> RoutingCore:
             poison_after_deaths=section.poison_deaths,
         ),
         declared=config.declared_modules(),
+        access=make_access(config),
     )
+
+
+def make_access(config: NodeConfig) -> Access:
+    """Who may do what, as `runtime.policy` says. Raises ConfigError for a user that this host does not know."""
+    policy = config.runtime.policy
+    if not policy.enable:
+        return Open()
+    declared = config.declared_modules()
+    return Policy(
+        {
+            name: Rule(
+                uids=frozenset(_uid(name, user) for user in rule.users),
+                keys=frozenset(rule.keys),
+                groups=frozenset(declared.get(name, ())),
+                destinations=frozenset(rule.to),
+                has_own_socket=rule.own_socket,
+                messages_per_second=rule.messages_per_second,
+                bytes_per_second=rule.bytes_per_second,
+            )
+            for name, rule in policy.modules.items()
+        },
+        own_uid=os.geteuid(),
+    )
+
+
+def _uid(name: str, user: str | int) -> int:
+    if isinstance(user, int):
+        return user
+    try:
+        return pwd.getpwnam(user).pw_uid
+    except KeyError as fault:
+        raise ConfigError(f"runtime.policy.modules.{name}.users", user, "a user of this host, or a uid") from fault
+
+
+def listeners(config: NodeConfig, home: Home, endpoint: str) -> list[Listener]:
+    """The endpoints of the bus: `endpoint`, those of the network, and the sockets that are one module's own.
+
+    Makes the broker's CURVE keys at the first need. Raises ConfigError, KeyFault, OSError.
+    """
+    found = [Listener(endpoint)]
+    policy = config.runtime.policy
+    if config.runtime.bus.listen:
+        from runtime import keys
+
+        pair = keys.load_or_make(home.curve, keys.BROKER)
+        log.info("keys public=%s fingerprint=%s", pair.public, zap.fingerprint(pair.public))
+        found += [Listener(address, secret_key=pair.secret) for address in config.runtime.bus.listen]
+    own = [(name, rule) for name, rule in policy.modules.items() if policy.enable and rule.own_socket]
+    if own:
+        home.open_own_sockets()
+    for name, rule in own:
+        uids = {_uid(name, user) for user in rule.users}
+        # Without root the file cannot be given away: anybody may open it then, and HELLO tells who it is.
+        is_given = os.geteuid() == 0 and len(uids) == 1
+        found.append(
+            Listener(
+                f"ipc://{home.own_socket(name)}",
+                name,
+                mode=0o600 if is_given or uids == {os.geteuid()} else 0o666,
+                owner=uids.pop() if is_given else -1,
+            )
+        )
+    return found
 
 
 def serve(config: NodeConfig, home: Home, *, endpoint: str | None = None) -> None:
@@ -246,7 +380,13 @@ def serve(config: NodeConfig, home: Home, *, endpoint: str | None = None) -> Non
         if endpoint.startswith("ipc://"):
             Path(endpoint.removeprefix("ipc://")).parent.mkdir(mode=0o750, parents=True, exist_ok=True)
         core = make_core(config, time.monotonic())
-        broker = Broker(core, [endpoint], max_frame_bytes=2 * config.runtime.broker.message_bytes + 2**20)
+        admitted = frozenset(key for rule in config.runtime.policy.modules.values() for key in rule.keys)
+        broker = Broker(
+            core,
+            listeners(config, home, endpoint),
+            max_frame_bytes=2 * config.runtime.broker.message_bytes + 2**20,
+            admitted=admitted,
+        )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: broker.stop())
         log.info("serving endpoint=%s epoch=%s", endpoint, core.epoch.hex())

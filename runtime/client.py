@@ -21,6 +21,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NamedTuple
 
@@ -49,6 +50,7 @@ from runtime.client_core import (
 )
 from runtime.emp import Priority
 from runtime.errors import (
+    ConfigError,
     Congested,
     Fenced,
     InvalidMessage,
@@ -58,7 +60,7 @@ from runtime.errors import (
     RequestTimeout,
     UsageError,
 )
-from runtime.home import bus_endpoint, find_home
+from runtime.home import CURVE_KEY_VARIABLE, CURVE_SERVER_VARIABLE, bus_endpoint, find_home
 from runtime.message import Deferral, Delivery, Message, current_handling, encode_message, new_id
 from runtime.names import Group, check_destination, check_name, is_group
 from runtime.sockets import is_readable, receive, send
@@ -338,6 +340,12 @@ class Bus:
         socket.setsockopt(zmq.IMMEDIATE, 1)
         socket.setsockopt(zmq.RECONNECT_IVL, 20)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+        if self._endpoint.startswith("tcp://"):
+            try:
+                self._secure(socket)
+            except BaseException:
+                socket.close()
+                raise
         self._socket = socket
         self._monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         self._fd = int(socket.getsockopt(zmq.FD))
@@ -346,6 +354,24 @@ class Bus:
         self._loop.add_reader(self._monitor_fd, self._read_monitor)
         socket.connect(self._endpoint)
         self._read_monitor()
+
+    def _secure(self, socket: zmq.Socket[bytes]) -> None:
+        """CURVE, where the environment names our secret key's file and the broker's public key."""
+        secret_file, server = os.environ.get(CURVE_KEY_VARIABLE), os.environ.get(CURVE_SERVER_VARIABLE)
+        if not secret_file and not server:
+            return
+        from runtime import keys
+
+        if not secret_file or not server:
+            missing = CURVE_SERVER_VARIABLE if secret_file else CURVE_KEY_VARIABLE
+            raise ConfigError(missing, "", "both variables for the bus over tcp, or neither")
+        pair = keys.load(Path(secret_file))
+        socket.setsockopt_string(zmq.CURVE_PUBLICKEY, pair.public)
+        socket.setsockopt_string(zmq.CURVE_SECRETKEY, pair.secret)
+        try:
+            socket.setsockopt_string(zmq.CURVE_SERVERKEY, server)
+        except zmq.ZMQError as fault:
+            raise ConfigError(CURVE_SERVER_VARIABLE, server, "a CURVE public key: 40 characters of Z85") from fault
 
     @property
     def is_attached(self) -> bool:

@@ -209,6 +209,15 @@ class BrokerSection(Section, frozen=True):
     "A message that was in its receiver's hands at so many deaths is refused as `failed`."
 
 
+class QuicExtras(Section, frozen=True):
+    """`runtime.edgehub.quic`: what `modules.edgeHub.quic` has no key for."""
+
+    alpn: list[Annotated[str, Meta(min_length=1, max_length=255)]] = []
+    "Application protocols (ALPN) of which CloudHub must take one. Empty: not used, as in KubeEdge's viaduct."
+    max_datagram: Annotated[int, Meta(ge=1200, le=65_527)] = 1280
+    "The largest UDP payload in bytes; every path must carry it, larger ones cost less per byte."
+
+
 class EdgeHubExtras(Section, frozen=True):
     """`runtime.edgehub`: what KubeEdge's section has no key for."""
 
@@ -261,6 +270,8 @@ class EdgeHubExtras(Section, frozen=True):
     "Deeper JSON is refused as `invalid`. Go's decoder stops at 10,000."
     retry_cap_seconds: Annotated[float, Meta(ge=1, le=86_400)] = 60.0
     "The longest pause between two dials."
+    failback_seconds: Annotated[float, Meta(ge=0, le=86_400)] = 300.0
+    "While another endpoint serves, the first is looked for this often, and returned to in a quiet moment. 0: never."
     server_name: str = ""
     "The name that CloudHub's certificate must have; empty: the host of the address."
     proxy: str = ""
@@ -269,6 +280,7 @@ class EdgeHubExtras(Section, frozen=True):
     "A file with the password, in place of one in `proxy`; read at each dial."
     proxy_ca_file: str = ""
     "The CA of an https:// proxy; empty: the machine's."
+    quic: QuicExtras = QuicExtras()
 
 
 class EventBusExtras(Section, frozen=True):

@@ -15,6 +15,7 @@ from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 
+from runtime.access import ANY
 from runtime.config import (
     EdgeHubSection,
     EventBusSection,

@@ -3,7 +3,8 @@
     run/   bus.sock, node.json, <name>.lock, supervisor.sock, supervisord.pid, watchdog.json, metrics.json
     log/   <name>.log
     data/  each module's own files
-    pki/   CA, certificate and key, where we make them
+    pki/   CA, certificate and key, where we make them; curve/ has keys for the bus over tcp
+    bus/   sockets that are one module's own, where policy wants such
 
 Two nodes may run on one machine with two homes.
 """
@@ -17,6 +18,10 @@ from typing import Final
 
 HOME_VARIABLE: Final = "EDGEZMQ_HOME"
 BUS_VARIABLE: Final = "EDGEZMQ_BUS"
+CURVE_KEY_VARIABLE: Final = "EDGEZMQ_CURVE_KEY"
+"Of a module that comes over tcp: the file with its secret key."
+CURVE_SERVER_VARIABLE: Final = "EDGEZMQ_CURVE_SERVER"
+"Likewise: the broker's public key, in Z85."
 
 IPC_PATH_LIMIT: Final = 107
 "Bytes of a unix socket's path (`sun_path` has 108 with its end mark, unix(7))."
@@ -60,6 +65,15 @@ class Home:
         return self.path / "pki"
 
     @property
+    def curve(self) -> Path:
+        """CURVE keys for the bus over tcp (runtime/keys.py)."""
+        return self.pki / "curve"
+
+    def own_socket(self, name: str) -> Path:
+        """The socket of the bus that is for the module `name` alone."""
+        return self.path / "bus" / f"{name}.sock"
+
+    @property
     def modules(self) -> Path:
         """The user's own supervisord programs: `*.conf`, included by supervisord.conf."""
         return self.path / "modules.d"
@@ -86,6 +100,13 @@ class Home:
     def metrics_json(self) -> Path:
         """Where the watchdog serves `/metrics`: address and port."""
         return self.run / "metrics.json"
+
+    def open_own_sockets(self) -> None:
+        """Make their directory, and let other users pass through to it; they can list nothing. Raises OSError."""
+        directory = self.path / "bus"
+        directory.mkdir(mode=0o711, exist_ok=True)
+        directory.chmod(0o711)
+        self.path.chmod(self.path.stat().st_mode | 0o001)
 
     def lock(self, name: str) -> Path:
         return self.run / f"{name}.lock"

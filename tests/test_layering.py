@@ -48,6 +48,7 @@ RUNTIME_CORES = (
     "routing_state",
     "viaduct",
     "watching",
+    "zap",
 )
 EDGEHUB_CORES = (
     "certificate",
@@ -59,6 +60,7 @@ EDGEHUB_CORES = (
     "governor",
     "liveness",
     "outbox",
+    "permission",
     "session",
     "sync_keeper",
     "window",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,7 +14,7 @@ import zmq
 
 from runtime import emp
 from runtime.access import Access
-from runtime.broker import Broker
+from runtime.broker import Broker, Listener
 from runtime.routing import BrokerLimits, RoutingCore
 from tests.support.deadline import DEADLINE
 
@@ -32,11 +32,15 @@ class ThreadBroker:
         declared: Mapping[str, Iterable[str]] | None = None,
         access: Access | None = None,
         limits: emp.Limits | None = None,
+        listeners: Sequence[Listener] = (),
+        admitted: Iterable[str] = (),
         **options: Any,
     ) -> None:
         self.endpoint = f"ipc://{directory}/bus.sock"
         self.declared = declared
         self.access = access
+        self.listeners = listeners
+        self.admitted = frozenset(admitted)
         self.limits = BrokerLimits(
             limits=limits or emp.Limits(), **{"grace_seconds": 0.1, "heartbeat_seconds": 0.5, **options}
         )
@@ -54,7 +58,12 @@ class ThreadBroker:
             declared=self.declared,
             access=self.access,
         )
-        self._broker = Broker(self.core, [self.endpoint], max_frame_bytes=2 * self.limits.limits.message_bytes + 2**20)
+        self._broker = Broker(
+            self.core,
+            [Listener(self.endpoint), *self.listeners],
+            max_frame_bytes=2 * self.limits.limits.message_bytes + 2**20,
+            admitted=self.admitted,
+        )
         self._thread = threading.Thread(target=self._broker.run, name="broker")
         self._thread.start()
 
