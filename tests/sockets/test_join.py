@@ -156,7 +156,7 @@ def spoilt(token: str) -> str:
 @pytest.mark.parametrize(
     ("code", "make", "words"),
     [
-        (enrolment.TOKEN_MALFORMED, lambda sim: "not.a.token", "the hash of the CA before the first dot is missing"),
+        (enrolment.TOKEN_MALFORMED, lambda sim: "not.a.SECRET", "the hash of the CA before the first dot is missing"),
         (enrolment.TOKEN_REJECTED, lambda sim: spoilt(sim.token()), "signature is invalid"),
         (enrolment.TOKEN_EXPIRED, lambda sim: sim.token(expires_in=-60.0), "the token is expired since"),
     ],
