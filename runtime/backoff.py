@@ -28,3 +28,7 @@ class Backoff:
         # 2**32 s is beyond any cap; the exponent must not grow with the length of an outage.
         longest = min(self._cap_seconds, self._first_seconds * 2.0 ** min(failures, 32))
         return max(FLOOR_SECONDS, self._chance.uniform(0.0, longest))
+
+    def about(self, seconds: float) -> float:
+        """A pause of about so long, a quarter more or less: for what is done again and again, and not in step."""
+        return seconds * self._chance.uniform(0.75, 1.25)

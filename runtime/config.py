@@ -272,6 +272,8 @@ class EdgeHubExtras(Section, frozen=True):
     "The longest pause between two dials."
     failback_seconds: Annotated[float, Meta(ge=0, le=86_400)] = 300.0
     "While another endpoint serves, the first is looked for this often, and returned to in a quiet moment. 0: never."
+    failback_seconds: Annotated[float, Meta(ge=0, le=86_400)] = 300.0
+    "While another endpoint serves, the first is looked for this often, and returned to in a quiet moment. 0: never."
     server_name: str = ""
     "The name that CloudHub's certificate must have; empty: the host of the address."
     proxy: str = ""

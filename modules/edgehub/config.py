@@ -79,6 +79,8 @@ class EdgeHubConfig:
     "For the answer to the k8s/ca.crt query; CloudHub takes about 1 ms for it."
     retry_cap_seconds: float = 60.0
     "The longest pause between two dials."
+    failback_seconds: float = 300.0
+    "While another endpoint serves, the first one is looked for this often, and returned to; 0: never."
     stable_seconds: float = 10.0
     "A link that lived so long resets the back-off."
     unproven_redial_seconds: float = 600.0
@@ -209,6 +211,7 @@ class EdgeHubConfig:
             handshake_seconds=float(section.handshake_timeout),
             greeting_seconds=extra.greeting_seconds,
             retry_cap_seconds=extra.retry_cap_seconds,
+            failback_seconds=extra.failback_seconds,
             message_qps=float(hub.message_qps),
             message_burst=hub.message_burst,
             signal_qps=extra.signal_qps,

@@ -91,6 +91,7 @@ class Connection:
         self._is_watching = False
         self._is_reading_stopped = False
         self._hang_up: str | None = None
+        self._is_held = False
 
     @property
     def window(self) -> ByteWindow:
@@ -104,6 +105,14 @@ class Connection:
     def wake(self) -> None:
         """There may be something to write."""
         self._work.set()
+
+    def hold(self) -> None:
+        """Write nothing more out of the outbox: what is under way is confirmed, then the link is at rest."""
+        self._is_held = True
+
+    def look(self) -> None:
+        """The session's next deadline may have changed."""
+        self._look.set()
 
     def hang_up(self, why: str) -> None:
         """End the connection; `run` reports it as lost."""
@@ -201,7 +210,7 @@ class Connection:
         signals: list[bytes] = []
         max_signals = self._pace.available(Class.SIGNAL, now=now) if outbox.has_signals else 0
         max_data = self._pace.available(Class.DATA, now=now) if outbox.has_data else 0
-        if max_signals != 0 or max_data != 0:
+        if (max_signals != 0 or max_data != 0) and not self._is_held:
             room = window.room(outbox.unconfirmed_bytes)
             # Signals need not wait for the pong of what is under way: behind it they are on the wire already. So they
             # may be a window ahead of it.

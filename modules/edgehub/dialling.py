@@ -27,6 +27,7 @@ RESOLVE_SECONDS: Final = 10.0
 "For one look-up; resolv.conf's own default is 5 s for each try."
 STAGGER_SECONDS: Final = 0.25
 "RFC 8305, 5: the recommended Connection Attempt Delay."
+_LEAVE_SECONDS: Final = 1.0
 _MAX_PASSWORD_BYTES: Final = 4096
 
 Address = tuple[int, Any]
@@ -64,6 +65,46 @@ async def open_tls(
         raise LinkRefused(f"{endpoint}: {tls.explain(fault)}") from fault
     except OSError as fault:
         raise LinkLost(f"{endpoint}: {_explain(fault)}") from fault
+
+
+async def probe(config: EdgeHubConfig, endpoint: Endpoint) -> str | None:
+    """See whether a CloudHub answers there, as far as TLS, and leave again: what is wrong, None when nothing is.
+
+    It does not show whether the hub would serve us: that takes a session, and so the end of the one that we have.
+    """
+    visit = _Visit()
+    try:
+        async with asyncio.timeout(config.handshake_seconds):
+            await open_tls(lambda: visit, endpoint, config, tls.client_context(config))
+    except TimeoutError:
+        return f"{endpoint}: no TLS within {config.handshake_seconds:g} s"
+    except (LinkLost, LinkRefused) as fault:
+        return str(fault)
+    await visit.leave()
+    return None
+
+
+class _Visit(asyncio.Protocol):
+    def __init__(self) -> None:
+        self._transport: asyncio.Transport | None = None
+        self._gone = asyncio.Event()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._gone.set()
+
+    async def leave(self) -> None:
+        assert self._transport is not None
+        self._transport.close()
+        try:
+            async with asyncio.timeout(_LEAVE_SECONDS):
+                await self._gone.wait()
+        except TimeoutError:
+            pass
+        self._transport.abort()
 
 
 # --- TCP ------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,9 @@ from typing import Any, Final, NamedTuple
 
 from modules.edgehub import cloud
 from modules.edgehub.coalescing import Coalescing
-from modules.edgehub.config import EdgeHubConfig
+from modules.edgehub.config import EdgeHubConfig, Endpoint
 from modules.edgehub.connection import Connection, Settles
+from modules.edgehub.dialling import probe
 from modules.edgehub.dispatch import Received, Seen, destination
 from modules.edgehub.governor import Pace, Ramp
 from modules.edgehub.lanes import Lanes
@@ -31,6 +32,7 @@ from modules.edgehub.parking import NOBODY, NOT_THE_OWNER, REFUSED_BY_OWNER, Par
 from modules.edgehub.session import (
     Action,
     Announce,
+    AwaitQuiet,
     Dial,
     DialDue,
     Drain,
@@ -41,7 +43,11 @@ from modules.edgehub.session import (
     Keepalive,
     LinkSession,
     LinkState,
+    MoveWanted,
+    Probe,
+    Probed,
     Proven,
+    Quiet,
     StopWanted,
 )
 from modules.edgehub.store import Dropped, Row, Store
@@ -75,6 +81,11 @@ _SETTLE_SECONDS: Final = 2.0
 _WARN_SECONDS: Final = 10.0
 "A warning of one kind at most so often; the counters have the rest."
 _EXCERPT_BYTES: Final = 200
+_QUIET_LOOK_SECONDS: Final = 0.05
+_QUIET_PATIENCE_SECONDS: Final = 30.0
+"For a moment without traffic, before the writer is held back."
+_HOLD_SECONDS: Final = 5.0
+"For the cloud to confirm what is under way then."
 
 
 class _Own:
@@ -145,8 +156,10 @@ class EdgeHub(Module):
         *,
         chance: random.Random | None = None,
         factory: Callable[[EdgeHubConfig], Link] = make_link,
+        prober: Callable[[EdgeHubConfig, Endpoint], Awaitable[str | None]] = probe,
     ) -> None:
         """Without `config` it comes from the node's configuration (`start` then raises ConfigError)."""
+        self._prober = prober
         self._given_config = config
         self._chance = chance or random.Random()
         self._factory = factory
@@ -200,6 +213,7 @@ class EdgeHub(Module):
             greeting_seconds=config.greeting_seconds,
             stable_seconds=config.stable_seconds,
             unproven_redial_seconds=config.unproven_redial_seconds,
+            failback_seconds=config.failback_seconds,
             now=self._loop.time(),
         )
         self._lanes = Lanes(
@@ -277,8 +291,8 @@ class EdgeHub(Module):
             match action:
                 case Dial():
                     self._dial = action
-                case Greet():
-                    self._init()
+                case Greet(is_asking):
+                    self._init(is_asking=is_asking)
                 case Keepalive():
                     if self._connection is not None:
                         self._connection.send([cloud.keepalive()])
@@ -288,18 +302,62 @@ class EdgeHub(Module):
                 case Hangup(why):
                     if self._connection is not None:
                         self._connection.hang_up(why)
+                case Probe(endpoint):
+                    self.tasks.create_task(self._probe(endpoint), name="probe")
+                case AwaitQuiet():
+                    self.tasks.create_task(self._await_quiet(), name="quiet moment")
                 case Drain():
                     pass  # `stop` waits; the writer goes on
                 case Finished():
                     self._drained.set()
 
-    def _init(self) -> None:
+    def _init(self, *, is_asking: bool) -> None:
         """The first words on a new link."""
         greeting = cloud.greeting()
         self._greeting_id = greeting.id
         self._counts["connects"] += 1
         if self._connection is not None:
-            self._connection.send([cloud.keepalive(), greeting])
+            self._connection.send([cloud.keepalive(), greeting] if is_asking else [cloud.keepalive()])
+
+    # --- moves on purpose ------------------------------------------------------------------------------
+
+    def reconnect_quietly(self, why: str) -> None:
+        """Replace the link by a new one when that disturbs nobody. Nothing to do without a link."""
+        self.perform(self._session.receive(MoveWanted(why), now=self._loop.time()))
+
+    async def _probe(self, endpoint: Endpoint) -> None:
+        fault = await self._prober(self._config, endpoint)
+        log.debug("probed endpoint=%s fault=%s", endpoint, fault)
+        self._counts["probes"] += 1
+        self.perform(self._session.receive(Probed(fault is None), now=self._loop.time()))
+        self._look()
+
+    async def _await_quiet(self) -> None:
+        """On a link that is never quiet by itself the writer is held back for a moment, in the end."""
+        connection = self._connection
+        patience_over = self._loop.time() + _QUIET_PATIENCE_SECONDS
+        hold_over = patience_over + _HOLD_SECONDS
+        while connection is not None and connection is self._connection:
+            now = self._loop.time()
+            if now >= patience_over:
+                connection.hold()
+            if self._is_quiet(is_held=now >= patience_over) or now >= hold_over:
+                self._counts["moves"] += 1
+                self.perform(self._session.receive(Quiet(), now=now))
+                return
+            await asyncio.sleep(_QUIET_LOOK_SECONDS)
+
+    def _is_quiet(self, *, is_held: bool) -> bool:
+        """Whether a new link would make nobody wait or see anything twice."""
+        outbox = self._outbox
+        if outbox.unconfirmed:
+            return False
+        return is_held or not (outbox.has_signals or outbox.has_data or len(self._keeper) or self._lanes.held_messages)
+
+    def _look(self) -> None:
+        """The session may have a new deadline."""
+        if self._connection is not None:
+            self._connection.look()
 
     def _announce(self, is_connected: bool) -> None:
         if not is_connected:
@@ -748,6 +806,7 @@ class EdgeHub(Module):
         if self._session.state in (LinkState.GREETING, LinkState.UNPROVEN):
             was_unproven = self._session.state is LinkState.UNPROVEN
             self.perform(self._session.receive(Proven(), now=self._loop.time()))
+            self._look()
             if was_unproven:
                 log.info("link proven why=%s", self._session.why)
 
@@ -855,6 +914,8 @@ class EdgeHub(Module):
             "state": session.state.value,
             "why": session.why,
             "endpoint": str(session.endpoint),
+            "endpoints": [str(endpoint) for endpoint in self._config.endpoints],
+            "move_wanted": session.move_wanted,
             "protocol": self._config.protocol,
             "since": time.time() - (now - session.since),
             "unproven": session.state is LinkState.UNPROVEN,
@@ -917,6 +978,8 @@ class EdgeHub(Module):
 
 _COUNTERS: Final = (
     "connects",
+    "moves",
+    "probes",
     "keepalives",
     "confirmed",
     "refused_up",

@@ -17,6 +17,13 @@ def test_the_pause_doubles_up_to_the_cap_and_no_further() -> None:
         assert min(delays) < longest * 0.1
 
 
+def test_a_regular_pause_is_a_quarter_longer_or_shorter_by_chance() -> None:
+    backoff = Backoff(random.Random(3), cap_seconds=60.0)
+    pauses = [backoff.about(100.0) for _ in range(1000)]
+    assert 75.0 <= min(pauses) < 80.0
+    assert 120.0 < max(pauses) <= 125.0
+
+
 def test_two_nodes_do_not_come_back_in_step() -> None:
     one, other = (Backoff(random.Random(seed), cap_seconds=60.0) for seed in (1, 2))
     assert [one.delay(n) for n in range(8)] != [other.delay(n) for n in range(8)]

@@ -9,6 +9,7 @@ from modules.edgehub.session import (
     UNANSWERED_DIALS,
     Action,
     Announce,
+    AwaitQuiet,
     Dial,
     DialDue,
     Drain,
@@ -22,8 +23,12 @@ from modules.edgehub.session import (
     LinkSession,
     LinkState,
     Lost,
+    MoveWanted,
     Opened,
+    Probe,
+    Probed,
     Proven,
+    Quiet,
     StopWanted,
 )
 from runtime.backoff import Backoff
@@ -31,7 +36,9 @@ from runtime.backoff import Backoff
 ONE, TWO = Endpoint("one", 10000), Endpoint("two", 10000)
 
 
-def session(*endpoints: Endpoint, redial: float = 600.0) -> LinkSession:
+def session(
+    *endpoints: Endpoint, redial: float = 600.0, failback: float = 0.0, is_answered: bool = True
+) -> LinkSession:
     return LinkSession(
         endpoints or (ONE,),
         Backoff(random.Random(3), cap_seconds=60.0),
@@ -39,6 +46,8 @@ def session(*endpoints: Endpoint, redial: float = 600.0) -> LinkSession:
         greeting_seconds=5.0,
         stable_seconds=10.0,
         unproven_redial_seconds=redial,
+        failback_seconds=failback,
+        is_answered=is_answered,
         now=0.0,
     )
 
@@ -219,10 +228,187 @@ def test_a_served_link_begins_the_count_of_greetings_anew() -> None:
 def test_an_unproven_link_is_dialled_anew_after_a_while_unless_told_not_to() -> None:
     link = session()
     now = go_unproven(link)
-    assert Hangup("unproven link, trying a new one") in link.expire(now=now + 600.0)
+    assert AwaitQuiet() in link.expire(now=now + 600.0)
+    assert link.receive(Quiet(), now=now + 601.0) == [Hangup("unproven link, trying a new one")]
     patient = session(redial=0.0)
     now = go_unproven(patient)
     assert patient.expire(now=now + 1e6) == [Keepalive()]
+
+
+def test_with_many_endpoints_each_is_greeted_before_one_is_kept_unproven() -> None:
+    endpoints = [Endpoint(f"hub-{number}", 10000) for number in range(5)]
+    link = session(*endpoints)
+    for endpoint in endpoints[:4]:
+        now = open_(link) + 5.0
+        assert link.endpoint == endpoint
+        assert link.expire(now=now) == [Hangup("greeting unanswered")]
+        link.receive(Lost("greeting unanswered"), now=now)
+    now = open_(link) + 5.0
+    assert link.expire(now=now) == [Announce(True)]
+    # And when it is dialled anew, each of them once more.
+    link.expire(now=now + 600.0)
+    link.receive(Quiet(), now=now + 600.0)
+    link.receive(Lost("moved"), now=now + 600.0)
+    tried = set()
+    for _ in range(4):
+        now = open_(link) + 5.0
+        tried.add(link.endpoint)
+        assert link.expire(now=now) == [Hangup("greeting unanswered")]
+        link.receive(Lost("greeting unanswered"), now=now)
+    open_(link)
+    assert {*tried, link.endpoint} == set(endpoints)
+
+
+def test_a_hub_that_does_not_know_the_greeting_is_not_asked_and_the_link_is_unproven_at_once() -> None:
+    link = session(is_answered=False)
+    (action,), now = dial(link)
+    assert isinstance(action, Dial)
+    assert link.receive(Opened(), now=now) == [Greet(is_asking=False), Announce(True)]
+    assert link.state is LinkState.UNPROVEN
+    assert link.is_open
+    assert link.receive(Proven(), now=now) == []
+    assert link.state is LinkState.SERVED
+
+
+# --- moves on purpose -----------------------------------------------------------------------------------
+
+
+def serve_second(link: LinkSession) -> float:
+    """The first endpoint does not answer, the second serves."""
+    _, now = dial(link)
+    link.receive(Failed("no"), now=now)
+    now = serve(link)
+    assert link.endpoint == TWO
+    return now
+
+
+def until_probe(link: LinkSession) -> float:
+    """Let time pass, with nothing but keepalives, until the first endpoint is looked for; when."""
+    while True:
+        actions, now = dial(link)
+        if Probe(ONE) in actions:
+            return now
+        assert actions == [Keepalive()]
+
+
+def test_while_another_endpoint_serves_the_first_is_looked_for_now_and_then() -> None:
+    link = session(ONE, TWO, failback=300.0)
+    last = serve_second(link)
+    for _ in range(5):
+        now = until_probe(link)
+        assert 225.0 <= now - last <= 375.0
+        assert link.receive(Probed(False), now=now) == []
+        last = now
+
+
+def test_when_the_first_endpoint_is_back_the_link_moves_in_a_quiet_moment() -> None:
+    link = session(ONE, TWO, failback=300.0)
+    serve_second(link)
+    now = until_probe(link)
+    assert link.receive(Probed(True), now=now) == [AwaitQuiet()]
+    assert link.state is LinkState.SERVED, "until then all goes on"
+    assert link.receive(Quiet(), now=now + 3) == [Hangup("back to one:10000")]
+    assert link.receive(Quiet(), now=now + 3) == [], "once is enough"
+    assert link.receive(Lost("back to one:10000"), now=now + 3) == [Announce(False)]
+    assert link.dial_at == now + 3, "at once: it was no failure"
+    assert dial(link)[0] == [Dial(ONE)]
+
+
+def test_the_first_endpoint_is_never_looked_for_while_it_serves_or_when_told_not_to() -> None:
+    for link in (session(ONE, TWO, failback=300.0), session(ONE, failback=300.0)):
+        now = serve(link)
+        assert link.expire(now=now + 1e6) == [Keepalive()]
+    link = session(ONE, TWO, failback=0.0)
+    now = serve_second(link)
+    assert link.expire(now=now + 1e6) == [Keepalive()]
+
+
+def test_a_first_endpoint_that_can_be_reached_but_does_not_serve_is_tried_less_and_less() -> None:
+    link = session(ONE, TWO, failback=300.0)
+    served = serve_second(link)
+    pauses = []
+    while served < 7 * 86_400:
+        now = until_probe(link)
+        pauses.append(now - served)
+        link.receive(Probed(True), now=now)
+        link.receive(Quiet(), now=now)
+        link.receive(Lost("back to one:10000"), now=now)
+        now = open_(link) + 5.0
+        assert link.endpoint == ONE
+        assert link.expire(now=now) == [Hangup("greeting unanswered")]
+        link.receive(Lost("greeting unanswered"), now=now)
+        served = serve(link)
+        assert link.endpoint == TWO
+    assert pauses[0] <= 375.0
+    assert min(pauses[4:]) >= 0.75 * 4800.0, "16 times the setting"
+    assert max(pauses) <= 1.25 * 4800.0
+
+
+def test_a_return_that_lasted_makes_the_next_one_as_quick_as_the_first() -> None:
+    link = session(ONE, TWO, failback=300.0)
+    served = serve_second(link)
+    for _ in range(6):
+        now = until_probe(link)
+        assert now - served <= 375.0
+        link.receive(Probed(True), now=now)
+        link.receive(Quiet(), now=now)
+        link.receive(Lost("back to one:10000"), now=now)
+        now = serve(link) + 3600.0
+        assert link.endpoint == ONE
+        link.receive(Lost("gone"), now=now)
+        served = serve_second(link)
+
+
+def test_a_link_that_is_lost_before_the_quiet_moment_forgets_the_move() -> None:
+    link = session(ONE, TWO, failback=300.0)
+    serve_second(link)
+    now = until_probe(link)
+    link.receive(Probed(True), now=now)
+    link.receive(Lost("gone"), now=now)
+    assert link.receive(Quiet(), now=now) == []
+    assert link.receive(Probed(True), now=now) == []
+    now = serve(link)
+    assert link.endpoint == ONE
+    assert link.receive(Probed(True), now=now) == []
+    assert link.receive(Quiet(), now=now) == []
+
+
+def test_a_move_that_is_wanted_keeps_the_endpoint_and_is_no_failure() -> None:
+    link = session(ONE, TWO)
+    now = serve(link) + 1.0
+    assert link.receive(MoveWanted("new certificate"), now=now) == [AwaitQuiet()]
+    assert link.receive(MoveWanted("again"), now=now) == []
+    assert link.receive(Quiet(), now=now) == [Hangup("new certificate")]
+    assert link.receive(Lost("new certificate"), now=now) == [Announce(False)]
+    assert dial(link) == ([Dial(ONE)], now)
+
+
+def test_a_move_wanted_while_the_link_comes_about_waits_for_it_and_needs_none_before_a_dial() -> None:
+    link = session()
+    assert link.receive(MoveWanted("new certificate"), now=0.0) == []
+    now = open_(link)
+    assert link.receive(MoveWanted("another"), now=now) == []
+    assert link.receive(Quiet(), now=now) == [], "not before it serves"
+    assert link.receive(Proven(), now=now) == [Announce(True), AwaitQuiet()]
+    assert link.receive(Quiet(), now=now) == [Hangup("another")]
+
+
+def test_a_dial_that_fails_makes_a_move_needless() -> None:
+    link = session()
+    _, now = dial(link)
+    link.receive(MoveWanted("new certificate"), now=now)
+    link.receive(Failed("no"), now=now)
+    now = open_(link)
+    assert link.receive(Proven(), now=now) == [Announce(True)]
+
+
+def test_a_stop_goes_before_a_move() -> None:
+    link = session()
+    now = serve(link)
+    link.receive(MoveWanted("new certificate"), now=now)
+    link.receive(StopWanted(), now=now)
+    assert link.receive(Quiet(), now=now) == []
+    assert link.receive(MoveWanted("new certificate"), now=now) == []
 
 
 def test_a_proof_that_comes_after_the_hangup_does_no_harm() -> None:
