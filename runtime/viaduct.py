@@ -48,6 +48,10 @@ class ViaductFault(EdgezmqError):
         self.packages = packages or []
 
 
+class OtherUse(ViaductFault):
+    """The peer opened the stream for something else than messages."""
+
+
 class MissingPart(MalformedMessage):
     """Protobuf without the header or the router part: KubeEdge's own receiver panics on it."""
 
@@ -97,19 +101,24 @@ class PackageReader:
         self._gathered = bytearray()
 
     @property
+    def is_use_known(self) -> bool:
+        """Whether this is known to be a stream for messages."""
+        return self._use_type is None
+
+    @property
     def is_between_packages(self) -> bool:
         """Whether the stream may end here without cutting anything short."""
         return self._size is None and not self._head and not self._use_type
 
     def receive(self, data: bytes) -> list[Package]:
-        """The payloads that are now whole. Raises ViaductFault; the reader is of no use after that."""
+        """The payloads that are now whole. Raises ViaductFault (OtherUse); then it is of no use any more."""
         whole: list[Package] = []
         at, end = 0, len(data)
         if self._use_type is not None and end:
             at = min(USE_TYPE_BYTES - len(self._use_type), end)
             self._use_type += data[:at]
             if not MESSAGES.startswith(self._use_type):
-                raise ViaductFault(f"use type {self._use_type!r}, expected {MESSAGES!r}")
+                raise OtherUse(f"use type {self._use_type!r}, expected {MESSAGES!r}")
             if len(self._use_type) < USE_TYPE_BYTES:
                 return whole
             self._use_type = None

@@ -14,10 +14,11 @@ import msgspec
 from modules.edgehub.config import EdgeHubConfig, Endpoint
 from runtime.emp import Priority
 from runtime.errors import InvalidMessage
-from runtime.message import JSON, OPERATION_ERROR, OPERATION_RESPONSE, TEXT, Message, to_cloud_json
+from runtime.message import BYTES, JSON, OPERATION_ERROR, OPERATION_RESPONSE, TEXT, Kind, Message, to_cloud_json
 
 OPERATION_KEEPALIVE: Final = "keepalive"
 OPERATION_QUERY: Final = "query"
+OPERATION_PING: Final = "ping"
 CA_RESOURCE: Final = "k8s/ca.crt"
 GROUP_RESOURCE: Final = "resource"
 GROUP_USER: Final = "user"
@@ -57,13 +58,18 @@ def greeting() -> Message:
     return Message.build(source="metamanager", group="meta", resource=CA_RESOURCE, operation=OPERATION_QUERY)
 
 
+def ping() -> Message:
+    """A control message that a hub may answer from its connection layer, with `ack`; it says nothing of a session."""
+    return Message.build(source="metamanager", group="meta", resource="node", operation=OPERATION_PING)
+
+
 def proves_session(message: Message) -> bool:
     """Whether a message from the cloud shows that the link has a session.
 
     All do but one kind: operations `ping`, `pong` and `config` are answered with `ack` by CloudHub's connection
     layer, on a rejected connection too.
     """
-    return not (message.operation == OPERATION_RESPONSE and message.kind == TEXT and message.content == b"ack")
+    return not (message.operation == OPERATION_RESPONSE and message.kind != JSON and message.content == b"ack")
 
 
 def connection_event(group: str, *, is_connected: bool) -> Message:
@@ -120,6 +126,7 @@ def ack(message: Message) -> Message:
 # --- what CloudHub can read ---------------------------------------------------------------------------
 
 _decode = msgspec.json.Decoder().decode
+_skim = msgspec.json.Decoder(msgspec.Raw).decode
 _LONG_INTEGER = re.compile(rb"[0-9]{309}")  # the largest float64 has 309 digits
 _LARGEST_FLOAT: Final = int(1.7976931348623157e308)
 _STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
@@ -166,8 +173,43 @@ def _holds_huge_integer(value: object) -> bool:
 
 def encode_up(message: Message, max_depth: int) -> bytes:
     """The JSON text that goes up, with its newline. Raises InvalidMessage for what CloudHub cannot read."""
+    check_up(message, max_depth)
+    return to_cloud_json(message)
+
+
+def check_up(message: Message, max_depth: int) -> None:
+    """Raise InvalidMessage for what CloudHub cannot read, in either form."""
     if message.kind == JSON:
         check_json(message.content, max_depth)
+    elif message.kind == TEXT and not message.content.isascii():
+        try:
+            message.content.decode()
+        except UnicodeDecodeError as fault:
+            raise InvalidMessage(f"content says text but is not UTF-8: {fault}") from fault
     if not -_MAX_TIMESTAMP <= message.timestamp <= _MAX_TIMESTAMP:
         raise InvalidMessage(f"timestamp {message.timestamp} does not fit into 64 bits")
-    return to_cloud_json(message)
+
+
+# --- content as it comes over QUIC ---------------------------------------------------------------------
+
+
+def with_kind(message: Message) -> Message:
+    """The message with the kind that its content would have over the websocket, as far as it can be told.
+
+    Over QUIC all content is bytes: objects and arrays came as JSON, other UTF-8 as text. So modules need not know
+    which way a message came.
+    """
+    content = message.content
+    if message.kind != BYTES:
+        return message
+    kind: Kind = BYTES
+    try:
+        if not content.isascii():
+            content.decode()
+        kind = TEXT
+        if content[:1] in (b"{", b"["):
+            _skim(content)
+            kind = JSON
+    except (ValueError, RecursionError):  # DecodeError and UnicodeDecodeError are ValueErrors
+        pass
+    return message if kind == BYTES else msgspec.structs.replace(message, kind=kind)

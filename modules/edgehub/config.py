@@ -67,6 +67,10 @@ class EdgeHubConfig:
     proxy_ca_file: str = ""
     "Of an https proxy; empty: the machine's."
 
+    quic_alpn: tuple[str, ...] = ()
+    "Application protocols offered in QUIC's handshake, of which CloudHub must take one. None: ALPN is not used."
+    quic_datagram_bytes: int = 1280
+    "The largest UDP payload sent."
     heartbeat_seconds: float = 15.0
     "A keepalive message this often."
     keepalive_limit_seconds: float = 30.0
@@ -209,6 +213,8 @@ class EdgeHubConfig:
             heartbeat_seconds=float(hub.heartbeat),
             keepalive_limit_seconds=extra.keepalive_limit,
             handshake_seconds=float(section.handshake_timeout),
+            quic_alpn=tuple(extra.quic.alpn),
+            quic_datagram_bytes=extra.quic.max_datagram,
             greeting_seconds=extra.greeting_seconds,
             retry_cap_seconds=extra.retry_cap_seconds,
             failback_seconds=extra.failback_seconds,

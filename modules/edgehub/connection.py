@@ -1,8 +1,9 @@
 """One connection to CloudHub, from the dial to the clean-up.
 
-Three tasks in one task group, joined before `run` returns, so that nothing of one connection lives into the
-next: `route_to_edge` reads, `route_to_cloud` writes, `keep_alive` minds the clock. A failure of any of
-them ends the connection at once.
+Tasks in one task group, joined before `run` returns, so that nothing of one connection lives into the next:
+`route_to_edge` reads, `route_to_cloud` writes, `keep_alive` minds the clock. A failure of any of them ends the
+connection at once. Where the link keeps signals and data apart there are two writers, each with its own barrier
+and window, and neither waits for the other.
 """
 
 from __future__ import annotations
@@ -12,11 +13,10 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Final, NoReturn, Protocol
 
-from modules.edgehub import cloud
 from modules.edgehub.config import EdgeHubConfig, Endpoint
 from modules.edgehub.governor import Pace
 from modules.edgehub.lanes import Lanes
-from modules.edgehub.link import Link, LinkLost, LinkRefused, Passed, Received
+from modules.edgehub.link import Decoded, Link, LinkLost, LinkRefused, Passed, Received, make_encoder
 from modules.edgehub.liveness import Liveness
 from modules.edgehub.outbox import Class, Outbox, Poisoned
 from modules.edgehub.session import Action, Failed, LinkSession, Lost, Opened
@@ -46,6 +46,9 @@ class Host(Protocol):
     def perform(self, actions: Iterable[Action]) -> None: ...
 
     def receive(self, payload: bytes) -> None:
+        """A message came from the cloud, as JSON."""
+
+    def take(self, message: Message, size_bytes: int) -> None:
         """A message came from the cloud."""
 
     def skipped(self, size_bytes: int) -> None:
@@ -59,6 +62,25 @@ class Host(Protocol):
 
     def load(self) -> None:
         """The outbox may want stored messages read."""
+
+
+class _Lane:
+    """What goes up in one order: everything, or one kind where the link keeps them apart."""
+
+    def __init__(self, kind: Class | None, window: ByteWindow) -> None:
+        self.kind = kind  # None: both
+        self.window = window
+        self.barrier: int | None = None  # the last one written
+        self.work = asyncio.Event()
+
+    @property
+    def kinds(self) -> tuple[Class, ...]:
+        return tuple(Class) if self.kind is None else (self.kind,)
+
+    @property
+    def last(self) -> Class:
+        """The kind whose place in the outbox and on the link is this lane's."""
+        return Class.DATA if self.kind is None else self.kind
 
 
 class Connection:
@@ -75,6 +97,7 @@ class Connection:
         lanes: Lanes,
     ) -> None:
         self._config = config
+        self._encode = make_encoder(config)
         self._link = link
         self._host = host
         self._session = session
@@ -82,11 +105,12 @@ class Connection:
         self._pace = pace
         self._lanes = lanes
         self._clock: Callable[[], float] = asyncio.get_running_loop().time
-        self._window = ByteWindow(config.window_bytes_max)
+        kinds = tuple(Class) if link.keeps_kinds_apart else (None,)
+        self._uplinks = [_Lane(kind, ByteWindow(config.window_bytes_max)) for kind in kinds]
+        outbox.keep_apart(link.keeps_kinds_apart)
         self._liveness = Liveness(
             silence_seconds=config.silence_seconds, limit_seconds=config.keepalive_limit_seconds, now=self._clock()
         )
-        self._work = asyncio.Event()
         self._look = asyncio.Event()
         self._is_watching = False
         self._is_reading_stopped = False
@@ -95,7 +119,12 @@ class Connection:
 
     @property
     def window(self) -> ByteWindow:
-        return self._window
+        """Of data."""
+        return self._uplinks[-1].window
+
+    def is_too_large(self, size_bytes: int, limit_seconds: float) -> bool:
+        """Whether a message would hold up all others for longer than `limit_seconds`."""
+        return not self._link.keeps_kinds_apart and self.window.is_too_slow_for(size_bytes, limit_seconds)
 
     @property
     def is_reading_stopped(self) -> bool:
@@ -104,7 +133,8 @@ class Connection:
 
     def wake(self) -> None:
         """There may be something to write."""
-        self._work.set()
+        for lane in self._uplinks:
+            lane.work.set()
 
     def hold(self) -> None:
         """Write nothing more out of the outbox: what is under way is confirmed, then the link is at rest."""
@@ -134,7 +164,9 @@ class Connection:
             self._host.perform(self._session.receive(Opened(), now=self._clock()))
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._route_to_edge(), name="cloud to bus")
-                tasks.create_task(self._route_to_cloud(), name="bus to cloud")
+                for lane in self._uplinks:
+                    name = "signals to cloud" if lane.kind is Class.SIGNAL else "bus to cloud"
+                    tasks.create_task(self._route_to_cloud(lane), name=name)
                 tasks.create_task(self._keep_alive(), name="keepalive")
         except* LinkLost as group:
             lost = next(fault for fault in _leaves(group) if isinstance(fault, LinkLost))
@@ -157,6 +189,8 @@ class Connection:
             for event in events:
                 if isinstance(event, Received):
                     self._host.receive(event.payload)
+                elif isinstance(event, Decoded):
+                    self._host.take(event.message, event.size_bytes)
                 elif isinstance(event, Passed):
                     self._passed(event.barrier, now)
                 else:
@@ -168,60 +202,69 @@ class Connection:
                 self._is_reading_stopped = False
 
     def _passed(self, barrier: int, now: float) -> None:
-        size = self._window.size_bytes
-        self._window.barrier_passed(now=now)
-        if self._window.size_bytes > size:
-            self._link.fit_send_buffer(self._window.size_bytes)
+        lane = next((lane for lane in self._uplinks if lane.barrier == barrier), None)
+        if lane is not None:
+            size = lane.window.size_bytes
+            lane.window.barrier_passed(now=now)
+            if lane.window.size_bytes > size:
+                self._link.fit_send_buffer(lane.window.size_bytes)
         before = self._outbox.confirmed
         for token in self._outbox.passed(barrier):
             token.done()
         if self._outbox.confirmed > before:
             self._host.confirmed(self._outbox.confirmed - before)
-        self._work.set()
+        self.wake()
 
     # --- up ------------------------------------------------------------------------------------
 
     def send(self, messages: Iterable[Message]) -> None:
         """Past the outbox, before everything that waits: keepalives and the greeting. A ping goes behind them."""
-        payloads = [cloud.encode_up(message, self._config.max_content_depth) for message in messages]
+        lane = self._uplinks[0]
         barrier = None
-        if not self._window.is_barrier_under_way:
-            barrier = self._outbox.barrier(is_probe=True)
-        self._write(payloads, barrier, self._clock())
+        if not lane.window.is_barrier_under_way:
+            barrier = self._outbox.barrier(lane.last, is_probe=True)
+        self._write(lane, [self._encode(message) for message in messages], barrier, self._clock())
 
-    async def _route_to_cloud(self) -> NoReturn:
+    async def _route_to_cloud(self, lane: _Lane) -> NoReturn:
         while True:
-            await self._work.wait()
-            self._work.clear()
-            while self._session.is_open and self._write_batch():
-                if not self._link.is_writable:
-                    await self._link.wait_writable()
+            await lane.work.wait()
+            lane.work.clear()
+            while self._session.is_open and self._write_batch(lane):
+                if not self._link.is_writable(lane.last):
+                    await self._link.wait_writable(lane.last)
                 else:
                     await asyncio.sleep(0)  # lets the reader take pongs, and senders add to the next batch
-            pause = self._pause_for_token()
+            pause = self._pause_for_token(lane)
             if pause is not None:
-                await self._wait_work(pause)
+                await self._wait_work(lane, pause)
 
-    def _write_batch(self) -> bool:
+    def _write_batch(self, lane: _Lane) -> bool:
         """Write what may go now, with a barrier behind it where none is under way. False: nothing went."""
-        outbox, window = self._outbox, self._window
+        outbox, window = self._outbox, lane.window
         now = self._clock()
         payloads: list[bytes] = []
         signals: list[bytes] = []
-        max_signals = self._pace.available(Class.SIGNAL, now=now) if outbox.has_signals else 0
-        max_data = self._pace.available(Class.DATA, now=now) if outbox.has_data else 0
+        max_signals: int | None = 0
+        max_data: int | None = 0
+        if lane.kind is not Class.DATA and outbox.has_signals:
+            max_signals = self._pace.available(Class.SIGNAL, now=now)
+        if lane.kind is not Class.SIGNAL and outbox.has_data:
+            max_data = self._pace.available(Class.DATA, now=now)
         if (max_signals != 0 or max_data != 0) and not self._is_held:
-            room = window.room(outbox.unconfirmed_bytes)
+            unconfirmed, unconfirmed_bytes = outbox.unconfirmed_of(lane.last)
+            room = window.room(unconfirmed_bytes)
             # Signals need not wait for the pong of what is under way: behind it they are on the wire already. So they
             # may be a window ahead of it.
-            if room > 0 or not outbox.unconfirmed or (max_signals != 0 and room + window.size_bytes > 0):
+            ahead = window.size_bytes if lane.kind is None else 0
+            if room > 0 or not unconfirmed or (max_signals != 0 and room + ahead > 0):
                 entries = outbox.take(
                     min(room, _BATCH_BYTES),
                     max_messages=_BATCH_MESSAGES,
                     max_data=max_data,
                     max_signals=max_signals,
-                    signal_bytes=window.size_bytes,
+                    signal_bytes=ahead,
                     now=now,
+                    only=lane.kind,
                 )
                 if entries:
                     signals = [entry.payload for entry in entries if entry.kind is Class.SIGNAL]
@@ -230,47 +273,50 @@ class Connection:
                     self._pace.take(len(signals), len(payloads))
                 elif room < _BATCH_BYTES:
                     window.filled()
-        barrier = None if window.is_barrier_under_way else outbox.barrier()
+        barrier = None if window.is_barrier_under_way else outbox.barrier(lane.last)
         if not payloads and not signals and barrier is None:
             return False
         if signals and payloads:
             # Alone in their TLS record: the receiver can read nothing of a record before it has all of it.
-            self._write(signals, None, now)
-            self._write(payloads, barrier, now)
+            self._write(lane, signals, None, now)
+            self._write(lane, payloads, barrier, now)
         else:
-            self._write(signals or payloads, barrier, now)
+            self._write(lane, signals or payloads, barrier, now)
         return bool(signals or payloads)
 
-    def _write(self, payloads: list[bytes], barrier: int | None, now: float) -> None:
-        self._link.write(payloads, barrier)
-        self._window.wrote(sum(map(len, payloads)), now=now)
+    def _write(self, lane: _Lane, payloads: list[bytes], barrier: int | None, now: float) -> None:
+        self._link.write(payloads, barrier, kind=lane.last)
+        lane.window.wrote(sum(map(len, payloads)), now=now)
         if barrier is not None:
-            self._window.barrier_sent(now=now)
+            lane.barrier = barrier
+            lane.window.barrier_sent(now=now)
             self._liveness.barrier_sent(
                 acknowledged_bytes=self._link.acknowledged_bytes(), unconfirmed_bytes=self._outbox.unconfirmed_bytes
             )
             if not self._is_watching:
                 self._look.set()
 
-    def _pause_for_token(self) -> float | None:
+    def _pause_for_token(self, lane: _Lane) -> float | None:
         """Seconds until the pace lets the next message go; None when it is not what holds them."""
         if not self._session.is_open:
             return None
         now = self._clock()
         dues = []
-        for kind, is_waiting in ((Class.SIGNAL, self._outbox.has_signals), (Class.DATA, self._outbox.has_data)):
+        for kind in lane.kinds:
+            is_waiting = self._outbox.has_signals if kind is Class.SIGNAL else self._outbox.has_data
             if is_waiting and self._pace.available(kind, now=now) == 0:
                 due = self._pace.next_at(kind)
                 if due is not None:
                     dues.append(due)
         return max(min(dues) - now, 0.001) if dues else None
 
-    async def _wait_work(self, seconds: float) -> None:
+    @staticmethod
+    async def _wait_work(lane: _Lane, seconds: float) -> None:
         try:
             async with asyncio.timeout(seconds):
-                await self._work.wait()
+                await lane.work.wait()
         except TimeoutError:
-            self._work.set()
+            lane.work.set()
 
     # --- the clock -------------------------------------------------------------------------------
 
@@ -285,11 +331,11 @@ class Connection:
                 self._liveness.progress(now=now)
             self._host.perform(self._session.expire(now=now))
             due = self._session.next_deadline()
-            self._is_watching = self._window.is_barrier_under_way
+            self._is_watching = any(lane.window.is_barrier_under_way for lane in self._uplinks)
             dead_at = self._dead_at(now)
             if dead_at is not None:
                 if now >= dead_at:
-                    raise LinkLost("CloudHub is silent: no pong, no data and no TCP acknowledgement")
+                    raise LinkLost("CloudHub is silent: no pong, no data and no acknowledgement")
                 due = min(now + _LOOK_SECONDS, dead_at, due or dead_at)
             wanted_at = due
             if self._hang_up is None:
@@ -303,8 +349,8 @@ class Connection:
         return self._liveness.dead_at(
             is_awaited=self._is_watching,
             queued_bytes=self._outbox.unconfirmed_bytes,
-            rate=self._window.rate_bytes_per_second,
-            rtt_seconds=self._window.rtt_seconds,
+            rate=self.window.rate_bytes_per_second,
+            rtt_seconds=max((lane.window.rtt_seconds or 0.0 for lane in self._uplinks), default=0.0),
             now=now,
         )
 

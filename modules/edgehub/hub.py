@@ -26,7 +26,7 @@ from modules.edgehub.dialling import probe
 from modules.edgehub.dispatch import Received, Seen, destination
 from modules.edgehub.governor import Pace, Ramp
 from modules.edgehub.lanes import Lanes
-from modules.edgehub.link import Link, make_link
+from modules.edgehub.link import Link, make_encoder, make_link
 from modules.edgehub.outbox import Class, Outbox, OutboxLimits, Poisoned, StoredRow
 from modules.edgehub.parking import NOBODY, NOT_THE_OWNER, REFUSED_BY_OWNER, Parking, ParkingLimits
 from modules.edgehub.session import (
@@ -189,6 +189,7 @@ class EdgeHub(Module):
         self._factory(config)  # a wrong protocol is an error now, not at the first dial
         self._config = config
         self._loop = asyncio.get_running_loop()
+        self._encode = make_encoder(config)
         self._outbox: Outbox[Settles] = Outbox(
             OutboxLimits(config.memory_messages, config.memory_bytes, config.outbox_messages, config.outbox_bytes)
         )
@@ -397,7 +398,7 @@ class EdgeHub(Module):
             return
         delivery = message.delivery
         try:
-            payload = cloud.encode_up(message, self._config.max_content_depth)
+            payload = self._encode(message)
         except InvalidMessage as fault:
             self._refuse_up(message, INVALID, str(fault))
         size = len(payload)
@@ -406,7 +407,7 @@ class EdgeHub(Module):
         connection = self._connection
         if connection is not None:
             limit = self._config.keepalive_limit_seconds / 2
-            if connection.window.is_too_slow_for(size, limit):
+            if connection.is_too_large(size, limit):
                 self._refuse_up(message, TOO_LARGE_FOR_LINK, f"{size} bytes would hold the link for over {limit:g} s")
         kind = Class.SIGNAL if cloud.is_signal(message, delivery.priority) else Class.DATA
         outbox = self._outbox
@@ -767,6 +768,9 @@ class EdgeHub(Module):
             self._prove()
         if message.parent_id == self._greeting_id:
             return
+        self.take(message, len(payload))
+
+    def take(self, message: Message, size_bytes: int) -> None:
         if cloud.wants_ack(message):
             seen = self._received.receive(message.id)
             if seen is not Seen.NEW:
@@ -799,7 +803,7 @@ class EdgeHub(Module):
         if self._parking is not None and cloud.wants_ack(message) and self._parking.holds(owner):
             self._parking.put(owner, message)  # behind those that came before it
             return
-        self._lanes.put(owner, message, len(payload))
+        self._lanes.put(owner, message, size_bytes)
 
     def _prove(self) -> None:
         """The link has a session: something came over it that no rejected connection gets."""
@@ -890,7 +894,7 @@ class EdgeHub(Module):
             self._acknowledge(message)
 
     def _acknowledge(self, message: Message) -> None:
-        payload = cloud.encode_up(cloud.ack(message), self._config.max_content_depth)
+        payload = self._encode(cloud.ack(message))
         self._outbox.put(payload, _OWN, Class.SIGNAL, is_volatile=True)
         self._counts["acks"] += 1
         if self._connection is not None:

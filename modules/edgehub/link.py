@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
+from modules.edgehub import cloud
 from modules.edgehub.config import QUIC, WEBSOCKET, EdgeHubConfig, Endpoint
+from modules.edgehub.outbox import Class
 from runtime.errors import ConfigError, EdgezmqError
+from runtime.message import Message
 
 
 class LinkLost(EdgezmqError):
@@ -31,8 +35,16 @@ class Received:
 
 
 @dataclass(frozen=True, slots=True)
+class Decoded:
+    """One whole message from the cloud, over a transport that does not carry it as JSON."""
+
+    message: Message
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Passed:
-    """The cloud has taken over everything that was written before this barrier."""
+    """The cloud has taken over everything that was written before this barrier, of its kind where kinds are apart."""
 
     barrier: int
 
@@ -44,11 +56,14 @@ class SkippedMessage:
     size_bytes: int
 
 
-LinkEvent = Received | Passed | SkippedMessage
+LinkEvent = Received | Decoded | Passed | SkippedMessage
 
 
 class Link(Protocol):
     """One connection: opened once, closed once. Not to be used again."""
+
+    keeps_kinds_apart: bool
+    "Signals and data go up independently of each other: order, barriers and a full buffer concern one kind only."
 
     async def open(self, endpoint: Endpoint) -> None:
         """Connect, verify the server, upgrade. Raises LinkRefused or LinkLost; both leave nothing open.
@@ -56,17 +71,18 @@ class Link(Protocol):
         Bounded by the configured handshake time.
         """
 
-    def write(self, payloads: Sequence[bytes], barrier: int | None = None) -> None:
-        """Hand over messages in order and, behind them, a barrier. Never waits; all goes out in one write.
+    def write(self, payloads: Sequence[bytes], barrier: int | None = None, *, kind: Class = Class.DATA) -> None:
+        """Hand over messages of a kind in order and, behind them, a barrier. Never waits; all goes out in one write.
+
+        Payloads are what `make_encoder` makes, or what another protocol's encoder made before.
 
         On a lost link it does nothing: `receive` and `wait_writable` tell.
         """
 
-    @property
-    def is_writable(self) -> bool:
+    def is_writable(self, kind: Class) -> bool:
         """Whether the write buffer is below its limit."""
 
-    async def wait_writable(self) -> None:
+    async def wait_writable(self, kind: Class) -> None:
         """Return when the write buffer has drained. Raises LinkLost."""
 
     async def receive(self) -> list[LinkEvent]:
@@ -92,7 +108,25 @@ def make_link(config: EdgeHubConfig) -> Link:
 
         return WebSocketLink(config)
     if config.protocol == QUIC:
-        raise ConfigError(
-            "modules.edgeHub.quic.enable", True, "modules.edgeHub.websocket: this version has no QUIC adapter"
-        )
+        from modules.edgehub.quic import QuicLink
+
+        return QuicLink(config)
     raise ConfigError("protocol", config.protocol, f"{WEBSOCKET!r} or {QUIC!r}")
+
+
+def make_encoder(config: EdgeHubConfig) -> Callable[[Message], bytes]:
+    """Makes the payloads that go up over `config.protocol`; raises InvalidMessage for what CloudHub cannot read.
+
+    JSON text starts with a brace, viaduct's protobuf with a byte of 10: each adapter knows the other's payloads, which
+    an outbox may hold after the protocol was changed.
+    """
+    max_depth = config.max_content_depth
+    if config.protocol == WEBSOCKET:
+        return partial(cloud.encode_up, max_depth=max_depth)
+    from runtime.viaduct import encode_message
+
+    def encode(message: Message) -> bytes:
+        cloud.check_up(message, max_depth)
+        return encode_message(message)
+
+    return encode

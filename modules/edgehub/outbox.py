@@ -124,6 +124,19 @@ class _Queue(Generic[T]):
         return bool(self.volatile or self.loaded or (self.fresh and not self.unloaded))
 
 
+class _Flight(Generic[T]):
+    """What was written and is not confirmed, and the barriers behind it."""
+
+    def __init__(self) -> None:
+        self.unconfirmed: deque[Entry[T]] = deque()  # in the order they were written
+        self.bytes = 0
+        self.covered: deque[tuple[int, int]] = deque()  # barrier, how many entries it settles
+        self.uncovered = 0  # unconfirmed entries behind the last barrier
+
+    def oldest_unstored(self) -> float | None:
+        return next((entry.since for entry in self.unconfirmed if not entry.row and not entry.is_volatile), None)
+
+
 class Outbox(Generic[T]):
     """Keeps entries until the cloud has them. Order holds within a class, over link losses and restarts too.
 
@@ -134,11 +147,8 @@ class Outbox(Generic[T]):
     def __init__(self, limits: OutboxLimits) -> None:
         self._limits = limits
         self._queues: tuple[_Queue[T], _Queue[T]] = (_Queue(), _Queue())
-        self._unconfirmed: deque[Entry[T]] = deque()  # in the order they were written
-        self._unconfirmed_bytes = 0
+        self._flights: tuple[_Flight[T], ...] = (_Flight(),)  # one for both classes, or one each
         self._barrier = 0  # number of the last one given out
-        self._covered: deque[tuple[int, int]] = deque()  # barrier, how many entries it settles
-        self._uncovered = 0  # unconfirmed entries behind the last barrier
         self._suspect: Entry[T] | None = None
         self._suspect_losses = 0
         self.confirmed = 0
@@ -253,6 +263,19 @@ class Outbox(Generic[T]):
 
     # --- out -----------------------------------------------------------------------------------
 
+    def keep_apart(self, is_apart: bool) -> None:
+        """Whether the two classes go up independently of each other over the link to come; nothing is under way."""
+        assert not self.unconfirmed, "a link is there"
+        self._flights = (_Flight(), _Flight()) if is_apart else (_Flight(),)
+
+    def _flight(self, kind: Class) -> _Flight[T]:
+        return self._flights[kind if len(self._flights) > 1 else 0]
+
+    def _unconfirmed(self) -> Iterator[Entry[T]]:
+        """What is under way, of each class in the order in which it was written."""
+        for flight in self._flights:
+            yield from flight.unconfirmed
+
     def take(
         self,
         room_bytes: int,
@@ -262,21 +285,24 @@ class Outbox(Generic[T]):
         max_signals: int | None = None,
         signal_bytes: int = 0,
         now: float | None = None,
+        only: Class | None = None,
     ) -> list[Entry[T]]:
         """The next entries to write, signals first: at most `room_bytes` and `max_messages`. `now`: they are written.
 
         At most `max_data` of them are data, `max_signals` signals (None: no bound of its own); signals may exceed the
         room by `signal_bytes`. With nothing unconfirmed the first one goes whatever its size. They count as
-        unconfirmed from now on: write them or call `lost`.
+        unconfirmed from now on: write them or call `lost`. `only` this class, where the two are apart.
         """
         taken: list[Entry[T]] = []
-        is_empty = not self._unconfirmed
         if self._suspect_losses >= SUSPECT_LOSSES and self._suspect is not None:
-            if not is_empty:
+            if self.unconfirmed:
                 return taken
             return self._take_suspect(now)
+        is_empty = not self._flight(Class.DATA if only is None else only).unconfirmed
         left = room_bytes + signal_bytes
         for kind, limit in ((Class.SIGNAL, max_signals), (Class.DATA, max_data)):
+            if only is not None and kind is not only:
+                continue
             most = max_messages - len(taken)
             if limit is not None:
                 most = min(most, limit)
@@ -331,21 +357,24 @@ class Outbox(Generic[T]):
             if now is not None:
                 for entry in taken:
                     entry.since = now
-            self._unconfirmed.extend(taken)
-            self._unconfirmed_bytes += sum([len(entry.payload) for entry in taken])
-            self._uncovered += len(taken)
+            flight = self._flight(taken[0].kind)
+            flight.unconfirmed.extend(taken)
+            flight.bytes += sum([len(entry.payload) for entry in taken])
+            flight.uncovered += len(taken)
         return taken
 
-    def barrier(self, *, is_probe: bool = False) -> int | None:
+    def barrier(self, kind: Class = Class.DATA, *, is_probe: bool = False) -> int | None:
         """Number of a barrier to send behind what was taken so far; None when nothing new needs one.
 
-        `is_probe`: one is wanted in any case, to see whether the link lives and how long a round trip takes.
+        Of `kind`, where the two are apart. `is_probe`: one is wanted in any case, to see whether the link lives and
+        how long a round trip takes.
         """
-        if not self._uncovered and not is_probe:
+        flight = self._flight(kind)
+        if not flight.uncovered and not is_probe:
             return None
         self._barrier += 1
-        self._covered.append((self._barrier, self._uncovered))
-        self._uncovered = 0
+        flight.covered.append((self._barrier, flight.uncovered))
+        flight.uncovered = 0
         return self._barrier
 
     def passed(self, barrier: int) -> list[T]:
@@ -355,14 +384,15 @@ class Outbox(Generic[T]):
         confirmed without a token: see `confirmed`.
         """
         settled: list[T] = []
-        if not self._covered or barrier > self._barrier:
+        flight = next((each for each in self._flights if any(number == barrier for number, _ in each.covered)), None)
+        if flight is None:
             return settled
         count = 0
-        while self._covered and self._covered[0][0] <= barrier:
-            count += self._covered.popleft()[1]
+        while flight.covered and flight.covered[0][0] <= barrier:
+            count += flight.covered.popleft()[1]
         for _ in range(count):
-            entry = self._unconfirmed.popleft()
-            self._unconfirmed_bytes -= len(entry.payload)
+            entry = flight.unconfirmed.popleft()
+            flight.bytes -= len(entry.payload)
             self._done(entry)
             if entry.token is not None:
                 settled.append(entry.token)
@@ -395,15 +425,16 @@ class Outbox(Generic[T]):
         was alone; else None.
         """
         poisoned: Poisoned[T] | None = None
-        if self._unconfirmed and is_cut_by_cloud:
-            first = self._unconfirmed[0]
+        flying = next((flight for flight in self._flights if flight.unconfirmed), None)
+        if flying is not None and is_cut_by_cloud:
+            first = flying.unconfirmed[0]
             if self._suspect is first:
                 self._suspect_losses += 1
             else:
                 self._suspect = first
                 self._suspect_losses = 1
-            if self._suspect_losses >= POISON_LOSSES and len(self._unconfirmed) == 1:
-                self._unconfirmed.popleft()
+            if self._suspect_losses >= POISON_LOSSES and self.unconfirmed == 1:
+                flying.unconfirmed.popleft()
                 self._done(first)
                 if first.token is not None:
                     self.given_up += 1
@@ -412,8 +443,7 @@ class Outbox(Generic[T]):
                 poisoned = Poisoned(first.token, first.kind, first.sender, first.payload)
                 self._suspect = None
                 self._suspect_losses = 0
-        while self._unconfirmed:
-            entry = self._unconfirmed.pop()
+        for entry in reversed(list(self._unconfirmed())):
             queue = self._queues[entry.kind]
             if entry.is_volatile:
                 queue.volatile.appendleft(entry)
@@ -422,9 +452,7 @@ class Outbox(Generic[T]):
                 queue.loaded_bytes += len(entry.payload)
             else:
                 queue.fresh.appendleft(entry)
-        self._unconfirmed_bytes = 0
-        self._uncovered = 0
-        self._covered.clear()
+        self._flights = (_Flight(),)
         return poisoned
 
     # --- the disk ------------------------------------------------------------------------------------
@@ -442,7 +470,7 @@ class Outbox(Generic[T]):
         waiting = next((entry for entry in queue.fresh if not entry.row), None)
         if waiting is not None and waiting.since < put_before:
             written_before = float("inf")  # what waits may only be stored behind what was written before it
-        for entry in self._unconfirmed:
+        for entry in self._unconfirmed():
             if entry.kind is kind and not entry.row and not entry.is_volatile:
                 if entry.since >= written_before or len(rows) >= SPILL_MESSAGES:
                     return rows
@@ -466,7 +494,7 @@ class Outbox(Generic[T]):
 
     def oldest_unstored(self) -> tuple[float | None, float | None]:
         """When the oldest message was written, and the oldest put, that are not stored; None: there is none."""
-        written = next((entry.since for entry in self._unconfirmed if not entry.row and not entry.is_volatile), None)
+        written = min((at for flight in self._flights if (at := flight.oldest_unstored()) is not None), default=None)
         put: float | None = None
         for queue in self._queues:
             if queue.fresh:
@@ -560,7 +588,7 @@ class Outbox(Generic[T]):
                 del queue.latest[key]
         while queue.loaded and queue.loaded[0].row <= upto:
             queue.loaded_bytes -= len(queue.loaded.popleft().payload)
-        for entry in self._unconfirmed:
+        for entry in self._unconfirmed():
             if entry.kind is kind and 0 < entry.row <= upto and not entry.storing:
                 # It is under way all the same; it only has no row any more.
                 entry.row = 0
@@ -591,7 +619,7 @@ class Outbox(Generic[T]):
             queue.stored_bytes = 0
             queue.delete_upto = 0
             queue.is_reading = False
-        for entry in self._unconfirmed:
+        for entry in self._unconfirmed():
             if entry.row:
                 self._unstore(self._queues[entry.kind], entry)
         self.dropped_messages += gone
@@ -616,11 +644,16 @@ class Outbox(Generic[T]):
 
     @property
     def unconfirmed(self) -> int:
-        return len(self._unconfirmed)
+        return sum([len(flight.unconfirmed) for flight in self._flights])
 
     @property
     def unconfirmed_bytes(self) -> int:
-        return self._unconfirmed_bytes
+        return sum([flight.bytes for flight in self._flights])
+
+    def unconfirmed_of(self, kind: Class) -> tuple[int, int]:
+        """Messages and bytes under way that a barrier of `kind` settles: of both classes, unless they are apart."""
+        flight = self._flight(kind)
+        return len(flight.unconfirmed), flight.bytes
 
     @property
     def has_signals(self) -> bool:
@@ -667,7 +700,7 @@ class Outbox(Generic[T]):
 
     def entries(self) -> Iterator[Entry[T]]:
         """Everything in memory: the unconfirmed as written, then what waits."""
-        yield from self._unconfirmed
+        yield from self._unconfirmed()
         for queue in self._queues:
             yield from queue.volatile
             yield from queue.loaded

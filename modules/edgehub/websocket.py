@@ -36,6 +36,8 @@ from modules.edgehub.frames import (
     Text,
 )
 from modules.edgehub.link import LinkEvent, LinkLost, LinkRefused, Passed, Received, SkippedMessage
+from modules.edgehub.outbox import Class
+from runtime.message import to_cloud_json
 
 try:
     from websockets.speedups import apply_mask
@@ -56,6 +58,8 @@ _BYTES_ACKED_AT: Final = 120  # tcpi_bytes_acked in linux/tcp.h, Linux 4.1 and l
 
 class WebSocketLink(asyncio.Protocol):
     """See `Link`."""
+
+    keeps_kinds_apart = False
 
     def __init__(self, config: EdgeHubConfig) -> None:
         self._config = config
@@ -106,10 +110,10 @@ class WebSocketLink(asyncio.Protocol):
         await self._upgraded
         self._upgrade = None
 
-    def write(self, payloads: Sequence[bytes], barrier: int | None = None) -> None:
+    def write(self, payloads: Sequence[bytes], barrier: int | None = None, *, kind: Class = Class.DATA) -> None:
         if self._transport is None or self._lost is not None:
             return
-        pieces = self._writer.texts(payloads)
+        pieces = self._writer.texts([_as_json(payload) if payload[:1] == b"\n" else payload for payload in payloads])
         if barrier is not None:
             pieces.append(self._writer.control(PING, b"%d" % barrier))
         data = b"".join(pieces)
@@ -118,11 +122,10 @@ class WebSocketLink(asyncio.Protocol):
         self.fit_send_buffer(2 * len(data))
         self._transport.write(data)
 
-    @property
-    def is_writable(self) -> bool:
+    def is_writable(self, kind: Class) -> bool:
         return self._is_writable
 
-    async def wait_writable(self) -> None:
+    async def wait_writable(self, kind: Class) -> None:
         while not self._is_writable or self._lost is not None:
             if self._lost is not None:
                 raise self._lost
@@ -298,6 +301,13 @@ class WebSocketLink(asyncio.Protocol):
     def _set_buffers(self) -> None:
         if self._socket is not None:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self._send_buffer_bytes)
+
+
+def _as_json(payload: bytes) -> bytes:
+    """Out of an outbox that was filled while the link was QUIC."""
+    from runtime.viaduct import decode_message
+
+    return to_cloud_json(cloud.with_kind(decode_message(payload)))
 
 
 def _wake(waiter: asyncio.Future[None] | None) -> None:

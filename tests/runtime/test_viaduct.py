@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from runtime import viaduct
 from runtime.errors import InvalidMessage, MalformedMessage
 from runtime.message import BYTES, JSON, TEXT, Message, content_as_json
-from runtime.viaduct import MissingPart, Oversized, PackageReader, ViaductFault
+from runtime.viaduct import MissingPart, OtherUse, Oversized, PackageReader, ViaductFault
 
 VECTORS = Path(__file__).parent.parent / "vectors" / "cloudlink"
 
@@ -292,9 +292,18 @@ def test_a_fault_brings_what_was_read_before_it() -> None:
 
 
 @pytest.mark.parametrize("start", [b"str", b"m3g", b"x"])
-def test_another_use_type_is_a_fault(start: bytes) -> None:
-    with pytest.raises(ViaductFault, match="use type"):
+def test_another_use_type_is_told_apart(start: bytes) -> None:
+    with pytest.raises(OtherUse, match="use type"):
         PackageReader(has_use_type=True).receive(start)
+
+
+def test_the_use_is_known_after_three_bytes() -> None:
+    reader = PackageReader(has_use_type=True)
+    for at in range(3):
+        assert not reader.is_use_known
+        assert reader.receive(viaduct.MESSAGES[at : at + 1]) == []
+    assert reader.is_use_known
+    assert PackageReader().is_use_known
 
 
 # --- content and names -----------------------------------------------------------------------------

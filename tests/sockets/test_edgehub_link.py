@@ -15,6 +15,7 @@ import pytest
 from cloudsim.certificates import Authority
 from modules.edgehub.config import EdgeHubConfig, Endpoint
 from modules.edgehub.link import LinkEvent, LinkLost, LinkRefused, Passed, Received, SkippedMessage
+from modules.edgehub.outbox import Class
 from modules.edgehub.websocket import WebSocketLink
 from tests.modules.edgehub.test_frames import server_frame, unmask
 from tests.support.aio import run, until
@@ -238,7 +239,7 @@ def test_a_connection_that_ends_without_a_close_frame_is_a_cut_by_the_cloud(tmp_
             assert lost.value.is_cut_by_cloud
             link.write([b"into the void"])
             with pytest.raises(LinkLost):
-                await link.wait_writable()
+                await link.wait_writable(Class.DATA)
             await link.close(is_polite=True)
 
     run(scenario())
@@ -320,13 +321,13 @@ def test_the_write_buffer_tells_when_it_is_full_and_when_it_has_drained(tmp_path
             link = await opened(server)
             for _ in range(100):
                 link.write([b"x" * 2**20])
-            assert not link.is_writable
-            waiting = asyncio.create_task(link.wait_writable())
+            assert not link.is_writable(Class.DATA)
+            waiting = asyncio.create_task(link.wait_writable(Class.DATA))
             await asyncio.sleep(0)
             assert not waiting.done()
             reading.set()
             await waiting
-            assert link.is_writable
+            assert link.is_writable(Class.DATA)
             await link.close(is_polite=False)
 
     run(scenario())

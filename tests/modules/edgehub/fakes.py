@@ -12,6 +12,7 @@ from typing import Any
 from modules.edgehub.config import EdgeHubConfig, Endpoint
 from modules.edgehub.hub import EdgeHub
 from modules.edgehub.link import Link, LinkEvent, LinkLost, Passed, Received, make_link
+from modules.edgehub.outbox import Class
 from runtime.client import Presence
 from runtime.emp import Priority
 from runtime.errors import Refused
@@ -177,6 +178,8 @@ class FakeCloud:
 class FakeLink:
     """A Link whose far end is the test: it reads `written`, feeds `arrive`, ends with `lose`."""
 
+    keeps_kinds_apart = False
+
     def __init__(self, cloud: FakeCloud) -> None:
         self.cloud = cloud
         self.opened: list[Endpoint] = []
@@ -184,7 +187,7 @@ class FakeLink:
         self.barriers: list[int] = []
         self.closed: list[bool] = []
         self.acknowledged = 0
-        self.is_writable = True
+        self.has_room = True
         self._events: list[LinkEvent] = []
         self._arrival = asyncio.Event()
         self._lost: LinkLost | None = None
@@ -195,7 +198,7 @@ class FakeLink:
         if self.cloud.faults:
             raise self.cloud.faults.pop(0)
 
-    def write(self, payloads: Sequence[bytes], barrier: int | None = None) -> None:
+    def write(self, payloads: Sequence[bytes], barrier: int | None = None, *, kind: Class = Class.DATA) -> None:
         if self._lost is not None:
             return
         self.written += payloads
@@ -211,8 +214,11 @@ class FakeLink:
         """Send a message to the node."""
         self.arrive(Received(to_cloud_json(message)))
 
-    async def wait_writable(self) -> None:
-        while not self.is_writable:
+    def is_writable(self, kind: Class) -> bool:
+        return self.has_room
+
+    async def wait_writable(self, kind: Class) -> None:
+        while not self.has_room:
             await asyncio.sleep(0)
 
     async def receive(self) -> list[LinkEvent]:

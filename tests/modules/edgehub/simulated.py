@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cloudsim import CloudMessage, CloudSim, Header, Route, SimConfig
-from modules.edgehub.config import EdgeHubConfig, Endpoint
+from modules.edgehub.config import QUIC, EdgeHubConfig, Endpoint
 from modules.edgehub.hub import EdgeHub
 from runtime.message import new_id
 from tests.modules.edgehub.fakes import FakeBus, running
@@ -16,10 +16,13 @@ NODE = "edge-1"
 
 
 def settings(sim: CloudSim, *more: Endpoint, **changes: Any) -> EdgeHubConfig:
+    """To reach `sim`, over `protocol` if that is among the changes."""
     pair = sim.certificate(NODE)
+    port = sim.quic_port if changes.get("protocol") == QUIC else sim.port
+    assert port is not None
     values: dict[str, Any] = {
         "node_name": NODE,
-        "endpoints": (Endpoint("127.0.0.1", sim.port), *more),
+        "endpoints": (Endpoint("127.0.0.1", port), *more),
         "ca_file": str(sim.ca.certificate),
         "cert_file": str(pair.certificate),
         "key_file": str(pair.key),
