@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from runtime import client_core, emp
-from runtime.broker import Broker
+from runtime.broker import Broker, Listener
 from runtime.client import Bus
 from runtime.errors import MalformedFrame, Refused
 from runtime.message import Message, decode_batch, encode_message
@@ -356,7 +356,7 @@ def broker_at(endpoint: str) -> Iterator[None]:
         limits=BrokerLimits(grace_seconds=0.1, heartbeat_seconds=0.2),
         declared={"minimal": (), "asker": ()},
     )
-    broker = Broker(core, [endpoint], max_frame_bytes=2**25)
+    broker = Broker(core, [Listener(endpoint)], max_frame_bytes=2**25)
     thread = threading.Thread(target=broker.run)
     thread.start()
     try:

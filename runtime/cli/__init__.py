@@ -241,6 +241,28 @@ def exec_(context: typer.Context) -> None:
     command.main(context.args)
 
 
+keys_app = typer.Typer(help="CURVE keys for modules that reach the bus over tcp.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
+
+
+@keys_app.command("make")
+def keys_make(
+    name: Annotated[str, typer.Argument(help="The module's name, or `broker` for the node's own pair.")],
+) -> None:
+    """Make a key pair in EDGEZMQ_HOME/pki/curve and say where each half belongs."""
+    from runtime.cli import keying as command
+
+    command.make(name)
+
+
+@keys_app.command("list")
+def keys_list(as_json: JsonOption = False) -> None:
+    """Public keys, their fingerprints, and which rule of runtime.policy admits each."""
+    from runtime.cli import keying as command
+
+    command.show(as_json=as_json)
+
+
 @app.command()
 def version() -> None:
     """Print the version."""
