@@ -557,9 +557,11 @@ class EdgeHub(Module):
         if not dues:
             self._spill_timer = None
             return
-        due = min(dues)
+        now = self._loop.time()
+        # What waits may be written, or the link lost, meanwhile: then it is due earlier than it looks now.
+        due = min(*dues, now + self._config.spill_seconds)
         # Without a link what comes in one turn of the loop, and a little longer, is stored in one commit.
-        self._spill_timer = self._loop.call_at(max(due, self._loop.time() + _SPILL_TOGETHER_SECONDS), self._spill)
+        self._spill_timer = self._loop.call_at(max(due, now + _SPILL_TOGETHER_SECONDS), self._spill)
 
     def _spill(self) -> None:
         """Store what the cloud has not confirmed in time; without a link everything."""
