@@ -79,6 +79,8 @@ ACK_AT_ONCE: Final = 32
 "After a batch of so many messages its ACK is not left to the next turn of the loop."
 MAX_REQUESTERS: Final = 65536
 LINGER_MS: Final = 1000
+DRAIN_QUIET_SECONDS: Final = 1.0
+"A drain does not wait longer than this for a settlement when none comes: the broker has the messages."
 LAZY_ACK_SECONDS: Final = 0.01
 "Requests and replies are settled for the books only, nobody waits for it: their ACKs are collected for so long."
 
@@ -406,13 +408,22 @@ class Bus:
         await asyncio.shield(self._ended)
 
     async def drain(self, timeout: float) -> None:
-        """Finish what is in hand, for `timeout` seconds: running handlers and sends may end, none begins."""
+        """Finish what is in hand, for `timeout` seconds: running handlers and sends may end, none begins.
+
+        What nobody settles for DRAIN_QUIET_SECONDS is not waited for: the broker has it, and whoever should handle it
+        is away. A node that ends as a whole would wait so for each other's receivers.
+        """
         self._draining = True
         end = self._loop.time() + timeout
         self._core.drain(timeout)
         self._flush()
-        while self._loop.time() < end:
-            if not self._running and not any(map(_has_unsettled, self._lanes.values())):
+        settled, quiet_at = -1, end
+        while (now := self._loop.time()) < end:
+            left = sum(map(_unsettled, self._lanes.values()))
+            so_far = sum(lane.next for lane in self._lanes.values()) - left
+            if so_far != settled or not self._attached.is_set():
+                settled, quiet_at = so_far, now + DRAIN_QUIET_SECONDS
+            if not self._running and (not left or now >= quiet_at):
                 return
             await asyncio.sleep(0.01)  # between two looks; ends with the deadline
 
@@ -1073,9 +1084,13 @@ class _Connecting:
             await self._bus.aclose()
 
 
-def _has_unsettled(lane: OutLane) -> bool:
-    """Whether a drain should wait for the lane. Not for retained messages: the broker keeps them for absent members."""
-    return any(batch.retain_key is None for batch in lane.batches)
+def _unsettled(lane: OutLane) -> int:
+    """What a drain should wait for. Not for retained messages: the broker keeps them for absent members."""
+    return sum(
+        batch.first + batch.count - max(batch.first, batch.settled + 1)
+        for batch in lane.batches
+        if batch.retain_key is None
+    )
 
 
 def _with_id(message: Message) -> Message:

@@ -901,6 +901,24 @@ def test_a_drain_ends_what_runs_and_leaves_the_rest_to_the_successor(broker: Thr
     run(scenario())
 
 
+def test_a_drain_does_not_wait_for_a_receiver_that_is_away_and_the_message_is_not_lost(broker: ThreadBroker) -> None:
+    async def scenario() -> None:
+        async with Bus.connect("declared", endpoint=broker.endpoint):
+            pass  # away from now on
+        sender = Bus("sender", endpoint=broker.endpoint)
+        sender.open()
+        await sender.wait_attached()
+        receipt = await sender.send("declared", said("for later"))
+        await sender.drain(3600.0)  # far beyond the time that a test has
+        assert not receipt.settled
+        await sender.aclose(leaving=False)
+        inbox = Inbox()
+        async with Bus.connect("declared", handler=inbox, endpoint=broker.endpoint):
+            await until(lambda: inbox.resources == ["for later"], "the message")
+
+    run(scenario())
+
+
 def test_who_waits_for_a_receipt_or_a_reply_hears_that_the_bus_has_ended(broker: ThreadBroker) -> None:
     async def scenario() -> None:
         async def handler(message: Message) -> None:
