@@ -13,7 +13,7 @@ from pathlib import Path
 from demo.children import DemoFailed, Interrupts
 from demo.play import play
 from demo.show import Script, Show
-from demo.stage import Stage
+from demo.stage import LINKS, QUIC, WSS, Stage
 from demo.telling import Teller
 from runtime.errors import EdgezmqError
 from runtime.home import HOME_VARIABLE, IPC_PATH_LIMIT, Home
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     interrupts = Interrupts()
     interrupts.listen()
     directory, home = _places(options.keep, options.home)
-    stage = Stage(directory, home, usual_ports=options.keep, interrupts=interrupts)
+    stage = Stage(directory, home, usual_ports=options.keep, link=options.link, interrupts=interrupts)
     is_kept = options.keep
     try:
         with Teller() as teller:
@@ -75,7 +75,8 @@ def _show(stage: Stage, script: Script, teller: Teller, mqtt: str) -> int:
     )
     teller.line()
     stage.start_cloud()
-    teller.step("cloudsim is up. It stands for the cloud: it speaks the protocol of KubeEdge's CloudHub over TLS.")
+    over = "over QUIC" if stage.link == QUIC else "over TLS"
+    teller.step(f"cloudsim is up. It stands for the cloud: it speaks the protocol of KubeEdge's CloudHub {over}.")
     stage.start_mqtt(mqtt)
     teller.step(f"MQTT, the protocol of the devices: {stage.mqtt_name}, port {stage.mqtt_port}.")
     stage.start_node()
@@ -181,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="MQTT broker; auto: mosquitto if installed",
     )
-    add("--link", choices=("wss",), default="wss", help="transport to the cloud")
+    add("--link", choices=LINKS, default=WSS, help="transport to the cloud: websocket, or QUIC version 1")
     add("--home", type=Path, metavar="DIR", help="with --keep: the node's home; default: EDGEZMQ_HOME, else ./.state")
     return parser
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import threading
@@ -20,8 +21,10 @@ class CloudApplication:
     None once cloudsim has ended.
     """
 
-    def __init__(self, control_port: int, node: str) -> None:
+    def __init__(self, control_port: int, node: str, *, is_content_bytes: bool = False) -> None:
+        """`is_content_bytes`: the node's link is QUIC, over which all content is bytes."""
         self._port = control_port
+        self._is_content_bytes = is_content_bytes
         self._node = node
         self.inbox: SimpleQueue[tuple[float, Any] | None] = SimpleQueue()
 
@@ -66,7 +69,10 @@ class CloudApplication:
             for line in connection.getresponse():
                 event = json.loads(line)
                 if event.get("event") == "message":
-                    self.inbox.put((time.monotonic(), event["message"].get("content")))
+                    content = event["message"].get("content")
+                    if self._is_content_bytes and content is not None:
+                        content = base64.b64decode(content).decode("utf-8", "replace")
+                    self.inbox.put((time.monotonic(), content))
         except (OSError, ValueError, http.client.HTTPException):
             pass  # cloudsim has ended, which `inbox` tells below
         finally:

@@ -7,7 +7,7 @@ import time
 from demo.cloud import CloudApplication
 from demo.device import COMMANDS, MEASUREMENTS
 from demo.show import READY_SECONDS
-from demo.stage import NODE, Stage, wait
+from demo.stage import NODE, QUIC, Stage, wait
 from demo.telling import Teller
 
 
@@ -18,7 +18,7 @@ def play(stage: Stage, teller: Teller, mqtt: str) -> int:
     stage.start_mqtt(mqtt)
     teller.step(f"MQTT: {stage.mqtt_name}, port {stage.mqtt_port}.")
     stage.start_node()
-    cloud = CloudApplication(stage.control_port, NODE)
+    cloud = CloudApplication(stage.control_port, NODE, is_content_bytes=stage.link == QUIC)
     wait(cloud.is_served, "the cloud link", READY_SECONDS, log=stage.home.log / "edgehub.log")
     teller.step(f"The node {NODE} is up and the cloud serves it. Its files are in {stage.home.path}.")
     for line in HOW_TO.format(

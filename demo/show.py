@@ -16,7 +16,7 @@ from typing import Any, Final, NoReturn
 from demo.children import DemoFailed
 from demo.cloud import CloudApplication
 from demo.device import COMMANDS, MEASUREMENTS, Device
-from demo.stage import NODE, Stage, wait
+from demo.stage import NODE, QUIC, Stage, wait
 from demo.tally import Kill, Tally
 from demo.telling import Teller
 
@@ -63,7 +63,7 @@ class Show:
         self._teller = teller
         self._mark = secrets.token_hex(4)
         "In every payload, so that nothing but this run's messages is counted."
-        self._cloud = CloudApplication(stage.control_port, NODE)
+        self._cloud = CloudApplication(stage.control_port, NODE, is_content_bytes=stage.link == QUIC)
         self._device: Device | None = None
         self._at_device: SimpleQueue[int] = SimpleQueue()
         self._payloads: dict[int, str] = {}

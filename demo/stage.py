@@ -19,6 +19,10 @@ from runtime.locks import holder, holders
 from runtime.supervisord import Supervisor, SupervisorError
 
 NODE: Final = "demo-node"
+WSS: Final = "wss"
+QUIC: Final = "quic"
+LINKS: Final = (WSS, QUIC)
+"Transports to the cloud."
 NODE_LOCK: Final = "node"
 "Held by the supervisord of a running node (runtime.cli.node)."
 
@@ -50,10 +54,11 @@ modules:
     tlsCertFile: {cloud}/{node}.crt
     tlsPrivateKeyFile: {cloud}/{node}.key
     websocket:
-      enable: true
+      enable: {wss}
       server: 127.0.0.1:{cloud_port}
     quic:
-      enable: false
+      enable: {quic}
+      server: 127.0.0.1:{cloud_port}
   eventBus:
     mqttMode: {mqtt_mode}
     mqttServerExternal: tcp://127.0.0.1:{mqtt_port}
@@ -78,6 +83,13 @@ def free_port(*wanted: int) -> int:
     raise DemoFailed("no free TCP port on 127.0.0.1")
 
 
+def is_free_udp(port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.bind(("127.0.0.1", port))
+        return True
+    return False
+
+
 def listens(port: int) -> bool:
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0):
         return True
@@ -99,9 +111,15 @@ class Stage:
     """Start the parts in order; `close` ends all of them, also half-started. `directory` is made and kept."""
 
     def __init__(
-        self, directory: Path, home: Path, *, usual_ports: bool = False, interrupts: Interrupts | None = None
+        self,
+        directory: Path,
+        home: Path,
+        *,
+        usual_ports: bool = False,
+        link: str = WSS,
+        interrupts: Interrupts | None = None,
     ) -> None:
-        """`usual_ports`: prefer 1883, 10000 and 10080 where they are free."""
+        """`usual_ports`: prefer 1883, 10000, 10001 and 10080 where they are free. `link`: WSS or QUIC."""
         self.interrupts = interrupts or Interrupts()
         self.directory = directory
         self.home = Home(home)
@@ -109,7 +127,9 @@ class Stage:
         self.mqtt_name = ""
         "What serves MQTT, in words."
         self.mqtt_port = 0
+        self.link = link
         self.cloud_port = 0
+        "Where the link goes, TCP or UDP."
         self.control_port = 0
         self._usual_ports = usual_ports
         self._mqtt_mode = 2
@@ -136,6 +156,11 @@ class Stage:
         command = [
             *(sys.executable, "-m", "cloudsim", "--dir", str(directory), "--node", NODE, "--log-level", "info"),
             *("--port", str(ports[0]), "--control-port", str(ports[1])),
+            *(
+                ("--quic-port", "10001" if self._usual_ports and is_free_udp(10001) else "0")
+                if self.link == QUIC
+                else ()
+            ),
         ]
         with self.interrupts.held():
             self._cloud = cloud = Child("cloudsim", command, log=log)
@@ -147,7 +172,8 @@ class Stage:
             log=log,
         )
         found = json.loads(ready.read_bytes())
-        self.cloud_port, self.control_port = found["port"], found["control_port"]
+        self.cloud_port = found["port" if self.link == WSS else "quic_port"]
+        self.control_port = found["control_port"]
 
     def start_mqtt(self, wanted: str = "auto") -> None:
         """`wanted`: auto, mosquitto or amqtt (which is part of the node and starts with it)."""
@@ -179,6 +205,8 @@ class Stage:
             EDGECORE.format(
                 node=NODE,
                 cloud=self.directory / "cloud",
+                wss=str(self.link == WSS).lower(),
+                quic=str(self.link == QUIC).lower(),
                 cloud_port=self.cloud_port,
                 mqtt_mode=self._mqtt_mode,
                 mqtt_port=self.mqtt_port,

@@ -23,7 +23,7 @@ from runtime.locks import hold
         ["--commands", "50000"],
         ["--seconds", "nan"],
         ["--kill", "edgehub,supervisord"],
-        ["--link", "quic"],
+        ["--link", "pigeon"],
         ["--mqtt", "emqx"],
     ],
 )
