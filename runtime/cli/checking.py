@@ -5,10 +5,12 @@ The judging is in functions that take values and return findings; what asks the 
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import ssl
@@ -27,10 +29,11 @@ from rich.text import Text
 from runtime import __version__
 from runtime.cli import settings
 from runtime.cli.node import NODE_LOCK, NodeError, check_path_lengths, find_supervisord_conf
-from runtime.config import NodeConfig
+from runtime.config import EdgeHubExtras, NodeConfig
 from runtime.errors import ConfigError, EdgezmqError
 from runtime.home import Home, find_home
 from runtime.locks import holder
+from runtime.proxy import ConnectAnswer, Proxy, ProxyRefused
 
 Verdict = Literal["ok", "warn", "fail"]
 
@@ -55,6 +58,11 @@ OLDEST_CLOCK: Final = datetime(2025, 1, 1, tzinfo=UTC)
 "Before this program was written: the clock was never set (a board without a battery begins in 1970)."
 
 _CONNECT_SECONDS: Final = 3.0
+_STAGGER_SECONDS: Final = 0.25
+"RFC 8305: until the next address of a name is tried."
+_ALERT_SECONDS: Final = 0.5
+_NAME_MISMATCHES: Final = (62, 64)
+"X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH (openssl/x509_vfy.h)."
 
 _LIBRARIES: Final = ("pyzmq", "msgpack", "msgspec", "websockets", "paho-mqtt", "cryptography", "supervisor", "aioquic")
 
@@ -215,15 +223,55 @@ def certificates(config: NodeConfig, now: datetime) -> Iterator[Finding]:
             continue
         yield lifetime(subject, certificate.not_valid_before_utc, certificate.not_valid_after_utc, now)
         if subject == "certificate":
+            if Path(name).read_bytes().count(b"-----BEGIN CERTIFICATE-----") > 1:
+                yield Finding(subject, "fail", f"{name} holds several certificates", "leave only the node's own in it")
             yield common_name(_common_name(certificate), config.node_name)
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(hub.tls_cert_file, hub.tls_private_key_file)
+        load_identity(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), config)
+    except EncryptedKey as fault:
+        yield Finding("certificate", "fail", str(fault), "take the password off it (openssl pkey), mode 600")
     except (ssl.SSLError, OSError) as fault:
-        yield Finding(
+        yield private_key(hub.tls_private_key_file, fault)
+    if extra_file := config.runtime.edgehub.proxy_password_file:
+        yield from secret_file("proxyPasswordFile", Path(extra_file))
+
+
+class EncryptedKey(EdgezmqError):
+    """The node's private key wants a password."""
+
+
+def load_identity(context: ssl.SSLContext, config: NodeConfig) -> None:
+    """Put the node's certificate and key into `context`. Raises EncryptedKey, ssl.SSLError, OSError."""
+    hub = config.edge_hub
+
+    def no_password() -> str:  # without it OpenSSL would ask on the terminal
+        raise EncryptedKey(f"tlsPrivateKeyFile {hub.tls_private_key_file} is encrypted, and nobody is there to ask")
+
+    context.load_cert_chain(hub.tls_cert_file, hub.tls_private_key_file, password=no_password)
+
+
+def private_key(name: str, fault: OSError) -> Finding:
+    """What it means that OpenSSL did not take certificate and key."""
+    if "KEY_VALUES_MISMATCH" in str(fault):
+        return Finding(
             "certificate",
             "fail",
-            f"certificate and private key do not fit: {fault}",
-            "use the key that was made with it",
+            f"certificate and private key do not fit: {name} is the key of another one",
+            "use the key that was made with the certificate",
+        )
+    return Finding("certificate", "fail", f"{name} is no PEM private key: {fault}", "replace the file")
+
+
+def secret_file(key: str, path: Path) -> Iterator[Finding]:
+    try:
+        mode = path.stat().st_mode
+        path.read_bytes()
+    except OSError as fault:
+        yield Finding("proxy", "fail", f"{key} {path}: {fault.strerror}", "make it, or correct the key")
+        return
+    if mode & 0o077:
+        yield Finding(
+            "proxy", "warn", f"{key} {path} can be read by others (mode {mode & 0o777:o})", f"chmod 600 {path}"
         )
 
 
@@ -260,15 +308,14 @@ def lifetime(subject: str, begin: datetime, end: datetime, now: datetime) -> Fin
 
 
 def common_name(name: str, node_name: str) -> Finding:
-    """CloudHub with authorization on admits a node under its certificate's name only."""
+    """edgehub does not dial with another node's certificate: a CloudHub with authorization on rejects it in silence."""
     wanted = f"system:node:{node_name}"
     if name == wanted:
         return Finding("certificate", "ok", f"made out to {name}")
     return Finding(
         "certificate",
-        "warn",
+        "fail",
         f"made out to {name!r}, not to {wanted!r}",
-        "a CloudHub with authorization on refuses this node without a word: "
         "set modules.edged.hostnameOverride to the name in the certificate, or get a certificate for this node",
     )
 
@@ -286,25 +333,73 @@ def cloud(config: NodeConfig) -> Iterator[Finding]:
             "KubeEdge's released CloudHub speaks an older QUIC; use the websocket unless yours is known to fit",
         )
         return
+    proxy = config.cloud_proxy()
+    if proxy is None and (name := next((name for name in ("HTTPS_PROXY", "https_proxy") if os.environ.get(name)), "")):
+        yield Finding(
+            "proxy",
+            "warn",
+            f"{name} is set, and edgehub does not read it",
+            "if the cloud can be reached only through it: runtime.edgehub.proxy",
+        )
     for server in (hub.websocket.server, *config.runtime.edgehub.endpoints):
-        yield reachable("cloud", server, _try_tls(server, hub.tls_ca_file))
+        yield reachable("cloud", server, _try_tls(server, config, proxy))
 
 
-def _try_tls(server: str, ca_file: str) -> Exception | float:
-    """Connect and verify the server's certificate: seconds it took, or what went wrong."""
+def _try_tls(server: str, config: NodeConfig, proxy: Proxy | None) -> Exception | float:
+    """Connect as edgehub does, as far as TLS with both certificates: seconds it took, or what went wrong."""
     host, _, port = server.rpartition(":")
     try:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname = False  # as edgehub: CloudHub's certificate is trusted by its CA (docs/cloudlink.md)
-        context.load_verify_locations(ca_file)
-        started = time.monotonic()
-        with (
-            socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS) as plain,
-            context.wrap_socket(plain, server_hostname=host.strip("[]")),
-        ):
-            return time.monotonic() - started
-    except (OSError, ValueError) as fault:
+        context.load_verify_locations(config.edge_hub.tls_ca_file)
+        load_identity(context, config)
+        if proxy is not None and (secret := config.runtime.edgehub.proxy_password_file):
+            proxy = proxy.with_password(Path(secret).read_text().rstrip("\r\n"))
+        return asyncio.run(_visit(host.strip("[]"), int(port), context, config.runtime.edgehub, proxy))
+    except (OSError, ValueError, EdgezmqError) as fault:
         return fault
+
+
+async def _visit(host: str, port: int, context: ssl.SSLContext, extra: EdgeHubExtras, proxy: Proxy | None) -> float:
+    name = extra.server_name or host
+    started = time.monotonic()
+    async with asyncio.timeout(_CONNECT_SECONDS):
+        if proxy is None:
+            reader, writer = await asyncio.open_connection(
+                host, port, ssl=context, server_hostname=name, happy_eyeballs_delay=_STAGGER_SECONDS
+            )
+        else:
+            reader, writer = await _tunnel(host, port, extra, proxy)
+            await writer.start_tls(context, server_hostname=name)
+    took = time.monotonic() - started
+    try:
+        async with asyncio.timeout(_ALERT_SECONDS):
+            await reader.read(1)
+    except TimeoutError:
+        pass  # as it should be: with TLS 1.3 a refusal of our certificate comes behind the handshake
+    finally:
+        writer.transport.abort()
+    return took
+
+
+async def _tunnel(
+    host: str, port: int, extra: EdgeHubExtras, proxy: Proxy
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Streams that lead to `host`. Raises ProxyRefused."""
+    context = ssl.create_default_context(cafile=extra.proxy_ca_file or None) if proxy.is_tls else None
+    try:
+        reader, writer = await asyncio.open_connection(proxy.host, proxy.port, ssl=context)
+    except OSError as fault:
+        raise ProxyRefused(f"the proxy {proxy} cannot be reached: {_say(fault)}") from fault
+    try:
+        writer.write(proxy.request(host, port))
+        answer = ConnectAnswer(proxy)
+        while data := await reader.read(4096):
+            if answer.receive(data):
+                return reader, writer
+        raise answer.end()
+    except BaseException:
+        writer.transport.abort()
+        raise
 
 
 def reachable(subject: str, server: str, result: Exception | float) -> Finding:
@@ -312,6 +407,17 @@ def reachable(subject: str, server: str, result: Exception | float) -> Finding:
     match result:
         case float():
             return Finding(subject, "ok", f"{server} answers ({result * 1000:.0f} ms)")
+        case ProxyRefused():
+            return Finding(subject, "fail", f"{server}: {result}", "correct runtime.edgehub.proxy, or ask who runs it")
+        case EncryptedKey():
+            return Finding(subject, "warn", f"{server}: not tried: {result}")
+        case ssl.SSLCertVerificationError() if result.verify_code in _NAME_MISMATCHES:
+            return Finding(
+                subject,
+                "fail",
+                f"{server}: its certificate is for other names ({result.verify_message})",
+                "use a name or address that is in it (CloudCore's advertiseAddress), or set runtime.edgehub.serverName",
+            )
         case ssl.SSLCertVerificationError():
             return Finding(
                 subject,
@@ -320,9 +426,13 @@ def reachable(subject: str, server: str, result: Exception | float) -> Finding:
                 "take rootCA.crt from this cloud; if the message speaks of time, set the clock",
             )
         case ssl.SSLError():
-            # A server that asks for our certificate may end the handshake for want of one: it is there.
-            if "CERTIFICATE_REQUIRED" in str(result) or "HANDSHAKE_FAILURE" in str(result):
-                return Finding(subject, "ok", f"{server} answers, and asks for a certificate")
+            if "_ALERT_" in str(result):
+                return Finding(
+                    subject,
+                    "fail",
+                    f"{server} refuses this node's certificate: {_alert(result)}",
+                    "take all three files from this cloud, and compare both clocks",
+                )
             return Finding(
                 subject,
                 "fail",
@@ -341,6 +451,12 @@ def reachable(subject: str, server: str, result: Exception | float) -> Finding:
             )
         case _:
             return Finding(subject, "fail", f"{server}: {result}")
+
+
+def _alert(fault: ssl.SSLError) -> str:
+    """`[SSL: TLSV1_ALERT_UNKNOWN_CA] tlsv1 alert unknown ca (…)` → `unknown ca`."""
+    alert = re.search(r"ALERT_(\w+)", str(fault))
+    return alert[1].replace("_", " ").lower() if alert else str(fault)
 
 
 def bottleneck(config: NodeConfig) -> Finding:

@@ -1,21 +1,29 @@
 """`edgezmq check`: the verdicts."""
 
+import asyncio
 import errno
 import ssl
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from cloudsim import CloudSim
 from runtime.cli import checking
 from runtime.cli.checking import Finding
-from runtime.config import EdgeHubSection, NodeConfig
+from runtime.config import EdgeHubExtras, EdgeHubSection, NodeConfig, RuntimeSection, WebsocketSection
 from runtime.home import Home
+from runtime.proxy import Proxy, ProxyRefused
+from tests.modules.edgehub.simulated import cloud
+from tests.support.aio import run
+from tests.support.connect_proxy import ConnectProxy, proxying
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 
@@ -71,8 +79,8 @@ def test_good_certificates_are_ok(pair: Callable[..., tuple[str, str]]) -> None:
     ]
 
 
-def test_a_certificate_of_another_node_is_a_warning(pair: Callable[..., tuple[str, str]]) -> None:
-    assert "warn made out to 'system:node:edge-2', not to 'system:node:edge-1'" in verdicts(
+def test_a_certificate_of_another_node_fails_and_both_names_are_told(pair: Callable[..., tuple[str, str]]) -> None:
+    assert "fail made out to 'system:node:edge-2', not to 'system:node:edge-1'" in verdicts(
         node(*pair("system:node:edge-2"))
     )
 
@@ -105,10 +113,49 @@ def test_a_file_that_is_no_certificate_and_a_key_of_another_pair_fail(
 ) -> None:
     certificate, key = pair()
     _, other = make_pair(tmp_path, "x", begin=NOW - timedelta(days=1), end=NOW + timedelta(days=90), stem="other")
-    assert any("do not fit" in said for said in verdicts(node(certificate, other)))
+    assert f"fail certificate and private key do not fit: {other} is the key of another one" in verdicts(
+        node(certificate, other)
+    )
+    assert any(f"fail {certificate} is no PEM private key" in said for said in verdicts(node(certificate, certificate)))
     rubbish = tmp_path / "rubbish"
     rubbish.write_text("-----BEGIN NONSENSE-----")
     assert any(f"{rubbish} is no PEM certificate" in said for said in verdicts(node(certificate, key, str(rubbish))))
+
+
+def test_an_encrypted_key_fails_and_nobody_is_asked_for_its_password(
+    pair: Callable[..., tuple[str, str]], tmp_path: Path
+) -> None:
+    certificate, key = pair()
+    secret = serialization.load_pem_private_key(Path(key).read_bytes(), password=None)
+    encrypted = tmp_path / "encrypted.key"
+    encrypted.write_bytes(
+        secret.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.BestAvailableEncryption(b"x")
+        )
+    )
+    encrypted.chmod(0o600)
+    assert f"fail tlsPrivateKeyFile {encrypted} is encrypted, and nobody is there to ask" in verdicts(
+        node(certificate, str(encrypted))
+    )
+
+
+def test_a_chain_in_place_of_the_nodes_certificate_fails(pair: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
+    certificate, key = pair()
+    chain = tmp_path / "chain.crt"
+    chain.write_bytes(Path(certificate).read_bytes() * 2)
+    assert f"fail {chain} holds several certificates" in verdicts(node(str(chain), key))
+
+
+def test_the_proxys_password_file_is_looked_at(pair: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    extra = EdgeHubExtras(proxy="http://node@proxy:1", proxy_password_file=str(file))
+    config = msgspec.structs.replace(node(*pair()), runtime=RuntimeSection(edgehub=extra))
+    assert f"fail proxyPasswordFile {file}: No such file or directory" in verdicts(config)
+    file.write_text("secret")
+    file.chmod(0o644)
+    assert f"warn proxyPasswordFile {file} can be read by others (mode 644)" in verdicts(config)
+    file.chmod(0o600)
+    assert all(said.startswith("ok") for said in verdicts(config))
 
 
 def test_a_key_that_others_can_read_is_a_warning(pair: Callable[..., tuple[str, str]]) -> None:
@@ -143,7 +190,8 @@ def ssl_error(text: str) -> ssl.SSLError:
         (0.0123, "ok", "c:1 answers (12 ms)"),
         (ConnectionRefusedError(), "fail", "c:1: nothing listens there"),
         (TimeoutError(), "fail", "c:1: no answer within 3 s"),
-        (ssl_error("[SSL: TLSV13_ALERT_CERTIFICATE_REQUIRED] x"), "ok", "c:1 answers, and asks for a certificate"),
+        (ssl_error("[SSL: TLSV1_ALERT_UNKNOWN_CA] x"), "fail", "c:1 refuses this node's certificate: "),
+        (ProxyRefused("the proxy says no"), "fail", "c:1: the proxy says no"),
         (ssl_error("[SSL: WRONG_VERSION_NUMBER] x"), "fail", "c:1: "),
     ],
 )
@@ -154,6 +202,68 @@ def test_what_failed_on_the_way_to_the_cloud_decides_the_advice(
     assert finding.verdict == verdict
     assert finding.text.startswith(text)
     assert bool(finding.advice) == (verdict == "fail")
+
+
+# --- the way to a real cloud ------------------------------------------------------------------------
+
+
+def to_cloud(sim: CloudSim, **extra: Any) -> NodeConfig:
+    pair = sim.certificate("edge-1")
+    hub = EdgeHubSection(
+        tls_ca_file=str(sim.ca.certificate),
+        tls_cert_file=str(pair.certificate),
+        tls_private_key_file=str(pair.key),
+        websocket=WebsocketSection(server=f"localhost:{sim.port}"),
+    )
+    return NodeConfig(node_name="edge-1", edge_hub=hub, runtime=RuntimeSection(edgehub=EdgeHubExtras(**extra)))
+
+
+async def ways(config: NodeConfig) -> list[str]:
+    findings = await asyncio.to_thread(lambda: list(checking.cloud(config)))
+    return [f"{finding.verdict} {finding.text}" for finding in findings]
+
+
+def test_a_cloud_is_visited_as_edgehub_does_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HTTPS_PROXY", raising=False)
+    monkeypatch.delenv("https_proxy", raising=False)
+
+    async def scenario() -> None:
+        async with cloud(tmp_path / "sim") as sim, cloud(tmp_path / "other") as other:
+            (said,) = await ways(to_cloud(sim))
+            assert said.startswith(f"ok localhost:{sim.port} answers (")
+            (said,) = await ways(to_cloud(sim, server_name="cloud.example"))
+            assert "its certificate is for other names (Hostname mismatch" in said
+            (said,) = await ways(to_cloud(sim, server_name="cloudcore"))
+            assert said.startswith("ok"), "another name that is in it"
+            strange = other.certificate("edge-1")
+            config = to_cloud(sim)
+            hub = msgspec.structs.replace(
+                config.edge_hub, tls_cert_file=str(strange.certificate), tls_private_key_file=str(strange.key)
+            )
+            (said,) = await ways(msgspec.structs.replace(config, edge_hub=hub))
+            assert said == f"fail localhost:{sim.port} refuses this node's certificate: unknown ca"
+
+    run(scenario())
+
+
+def test_a_cloud_behind_a_proxy_is_visited_through_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://other:1")
+    password = tmp_path / "password"
+    password.write_text("s3cret\n")
+
+    async def scenario() -> None:
+        wanted = Proxy("p", 1, user="node", password="s3cret").authorization()
+        async with cloud(tmp_path / "sim") as sim, proxying(ConnectProxy(wanted)) as proxy:
+            url = f"http://node@127.0.0.1:{proxy.port}"
+            (said,) = await ways(to_cloud(sim, proxy=url, proxy_password_file=str(password)))
+            assert said.startswith("ok")
+            assert proxy.carried_bytes > 0
+            (said,) = await ways(to_cloud(sim, proxy=url))
+            assert "407 Proxy Authentication Required: it does not know user 'node'" in said
+            said, _ = await ways(to_cloud(sim))
+            assert said == "warn HTTPS_PROXY is set, and edgehub does not read it"
+
+    run(scenario())
 
 
 @pytest.mark.parametrize(
