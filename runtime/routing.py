@@ -89,6 +89,22 @@ class BrokerLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_retained_bytes: int = 8 * 2**20
 
 
+def _fault_of_flags(header: emp.Send) -> str | None:
+    """What of a SEND's fields does not go together. Priority 0 has no window: it is for replies and nothing else."""
+    if bool(header.flags & emp.REPLY) != (header.priority == REPLY):
+        return f"SEND/1: priority {header.priority} with flags {header.flags}; priority 0 and REPLY go together"
+    if header.flags & emp.REPLY and header.requester is None:
+        return "SEND/1: REPLY without requester"
+    if header.flags & emp.RETAIN and (
+        header.count != 1
+        or header.retain_key is None
+        or header.retain_counter is None
+        or not is_group(header.destination)
+    ):
+        return "SEND/1: RETAIN needs one message, a group, retain_key and retain_counter"
+    return None
+
+
 class RoutingCore:
     """Decides where messages go, who hears of it, who holds a name.
 
@@ -453,6 +469,9 @@ class RoutingCore:
 
     def _on_send(self, peer: Peer, sender: Incarnation, header: emp.Send, body: bytes | None, now: float) -> None:
         assert body is not None
+        if (header.flags or not header.priority) and (fault := _fault_of_flags(header)):
+            self._refuse_frame(peer, emp.BAD_HEADER, fault)
+            return
         lane = sender.lanes.get((header.destination, header.priority))
         if lane is None:
             if header.first > header.floor:  # rule 3; a batch that is settled in part begins below the floor
