@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from modules.edgehub.coalescing import Coalescing
+from modules.edgehub.permission import Grant
 from runtime.errors import ConfigError
 from runtime.names import ADDRESS_PATTERN
 
@@ -66,11 +67,11 @@ class EdgeHubConfig:
     "Read at each dial; in place of the password in `proxy`."
     proxy_ca_file: str = ""
     "Of an https proxy; empty: the machine's."
-
     quic_alpn: tuple[str, ...] = ()
     "Application protocols offered in QUIC's handshake, of which CloudHub must take one. None: ALPN is not used."
     quic_datagram_bytes: int = 1280
     "The largest UDP payload sent."
+
     heartbeat_seconds: float = 15.0
     "A keepalive message this often."
     keepalive_limit_seconds: float = 30.0
@@ -117,6 +118,8 @@ class EdgeHubConfig:
     "Stored messages that are older are dropped, into the ledger. None: never."
     coalesce: tuple[str, ...] = ()
     "`RESOURCE OPERATION` patterns: of data that matches one only the last message is kept while there is no link."
+    grants: tuple[tuple[str, tuple[Grant, ...]], ...] = ()
+    "What each sender that has a rule may send to the cloud."
     outbox_drops_oldest: bool = False
     "At the limit drop the oldest data, into the ledger, rather than let senders wait."
     spill_seconds: float = 0.2
@@ -210,11 +213,11 @@ class EdgeHubConfig:
             proxy=node.cloud_proxy(),
             proxy_password_file=extra.proxy_password_file,
             proxy_ca_file=extra.proxy_ca_file,
+            quic_alpn=tuple(extra.quic.alpn),
+            quic_datagram_bytes=extra.quic.max_datagram,
             heartbeat_seconds=float(hub.heartbeat),
             keepalive_limit_seconds=extra.keepalive_limit,
             handshake_seconds=float(section.handshake_timeout),
-            quic_alpn=tuple(extra.quic.alpn),
-            quic_datagram_bytes=extra.quic.max_datagram,
             greeting_seconds=extra.greeting_seconds,
             retry_cap_seconds=extra.retry_cap_seconds,
             failback_seconds=extra.failback_seconds,
@@ -232,6 +235,7 @@ class EdgeHubConfig:
             outbox_max_age_seconds=extra.outbox_max_age or None,
             outbox_drops_oldest=extra.outbox_when_full == "drop-oldest",
             coalesce=tuple(extra.coalesce),
+            grants=_grants(node) if node.runtime.policy.enable else (),
             spill_seconds=extra.spill_after,
             window_bytes_max=extra.window_bytes_max,
             max_content_depth=extra.max_content_depth,
@@ -243,3 +247,10 @@ class EdgeHubConfig:
             parked_bytes=extra.parked_bytes,
             owner_refusals=extra.owner_refusals,
         )
+
+
+def _grants(node: NodeConfig) -> tuple[tuple[str, tuple[Grant, ...]], ...]:
+    return tuple(
+        (name, tuple(Grant(tuple(cloud.groups), tuple(cloud.operations), tuple(cloud.resources)) for cloud in rule.cloud))
+        for name, rule in node.runtime.policy.modules.items()
+    )

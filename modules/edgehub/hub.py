@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple
 
 from modules.edgehub import cloud
 from modules.edgehub.coalescing import Coalescing
-from modules.edgehub.config import EdgeHubConfig, Endpoint
+from modules.edgehub.config import QUIC, EdgeHubConfig, Endpoint
 from modules.edgehub.connection import Connection, Settles
 from modules.edgehub.dialling import probe
 from modules.edgehub.dispatch import Received, Seen, destination
@@ -29,6 +29,7 @@ from modules.edgehub.lanes import Lanes
 from modules.edgehub.link import Link, make_encoder, make_link
 from modules.edgehub.outbox import Class, Outbox, OutboxLimits, Poisoned, StoredRow
 from modules.edgehub.parking import NOBODY, NOT_THE_OWNER, REFUSED_BY_OWNER, Parking, ParkingLimits
+from modules.edgehub.permission import Permission
 from modules.edgehub.session import (
     Action,
     Announce,
@@ -55,7 +56,7 @@ from modules.edgehub.sync_keeper import Late, Question, SyncKeeper
 from modules.edgehub.window import TokenBucket
 from runtime import memory
 from runtime.backoff import Backoff
-from runtime.emp import EXPIRED, FAILED, GONE, INVALID, OVERFLOW, TOO_LARGE, UNROUTABLE, Priority
+from runtime.emp import DENIED, EXPIRED, FAILED, GONE, INVALID, OVERFLOW, TOO_LARGE, UNROUTABLE, Priority
 from runtime.errors import InvalidMessage, MalformedMessage, MessageTooLarge, NotHandled, Refused, UsageError
 from runtime.message import Deferral, Message, from_cloud_json
 from runtime.module import Module
@@ -188,13 +189,14 @@ class EdgeHub(Module):
         )
         self._factory(config)  # a wrong protocol is an error now, not at the first dial
         self._config = config
-        self._loop = asyncio.get_running_loop()
         self._encode = make_encoder(config)
+        self._loop = asyncio.get_running_loop()
         self._outbox: Outbox[Settles] = Outbox(
             OutboxLimits(config.memory_messages, config.memory_bytes, config.outbox_messages, config.outbox_bytes)
         )
         self._down_since = self._loop.time()
         self._coalescing = Coalescing(config.coalesce)
+        self._permission = Permission(dict(config.grants))
         self._replacements: dict[int, _Replacement] = {}
         self._replacement_number = 0
         self._open_store()
@@ -215,6 +217,7 @@ class EdgeHub(Module):
             stable_seconds=config.stable_seconds,
             unproven_redial_seconds=config.unproven_redial_seconds,
             failback_seconds=config.failback_seconds,
+            keeps_unproven=config.protocol != QUIC,  # over it the same query is the barrier
             now=self._loop.time(),
         )
         self._lanes = Lanes(
@@ -397,6 +400,9 @@ class EdgeHub(Module):
             await self._answer_locally(message)
             return
         delivery = message.delivery
+        if self._permission and not self._permission.allows(delivery.sender, message):
+            what = f"{message.operation} {message.resource} of group {message.group}"
+            self._refuse_up(message, DENIED, f"{what}: runtime.policy.modules.{delivery.sender}.cloud does not grant it")
         try:
             payload = self._encode(message)
         except InvalidMessage as fault:
@@ -765,14 +771,14 @@ class EdgeHub(Module):
             self._counts["invalid_down"] += 1
             self._warn("invalid", "no message came from the cloud: %s: %r", fault, payload[:_EXCERPT_BYTES])
             return
+        self.take(message, len(payload))
+
+    def take(self, message: Message, size_bytes: int) -> None:
         self._counts["received"] += 1
         if cloud.proves_session(message):
             self._prove()
         if message.parent_id == self._greeting_id:
             return
-        self.take(message, len(payload))
-
-    def take(self, message: Message, size_bytes: int) -> None:
         if cloud.wants_ack(message):
             seen = self._received.receive(message.id)
             if seen is not Seen.NEW:

@@ -10,6 +10,7 @@ from modules.edgehub.config import EdgeHubConfig, Endpoint
 from modules.edgehub.hub import LOCAL_GROUP, EdgeHub
 from modules.edgehub.link import LinkLost, LinkRefused, Passed, SkippedMessage
 from modules.edgehub.outbox import POISON_LOSSES
+from modules.edgehub.permission import Grant
 from runtime.emp import Priority
 from runtime.errors import MessageTooLarge, Refused, UsageError
 from runtime.message import Message
@@ -102,6 +103,23 @@ def test_the_unconfirmed_go_again_over_the_next_link_with_their_ids() -> None:
             await until(lambda: all(d and d.outcome == "done" for d in deferrals), "the settlement")
             ids = [d.message.id for d in deferrals if d]
             assert [m.id for m in cloud.written()] == ids + ids
+
+    run(scenario())
+
+
+def test_what_no_rule_grants_is_denied_by_the_name_the_broker_vouches_for() -> None:
+    async def scenario() -> None:
+        cloud = FakeCloud()
+        grants = (("pump", (Grant(groups=("user",), resources=("default/device/*",)),)),)
+        async with running(config(grants=grants), factory=cloud) as (hub, _):
+            await until_served(hub)
+            forged = Message.build(source="pump", group="resource", operation="response", parent_id="x")
+            with pytest.raises(Refused, match="denied"):
+                await hand_over(hub, forged, sender="pump")
+            assert hub.counters()["refused_up"] == 1
+            await hand_over(hub, upload(1), sender="pump")
+            await hand_over(hub, forged, sender="of-the-node")
+            await until(lambda: len(cloud.written()) == 2, "what is granted")
 
     run(scenario())
 
