@@ -251,6 +251,9 @@ class EdgeHubConfig:
 
 def _grants(node: NodeConfig) -> tuple[tuple[str, tuple[Grant, ...]], ...]:
     return tuple(
-        (name, tuple(Grant(tuple(cloud.groups), tuple(cloud.operations), tuple(cloud.resources)) for cloud in rule.cloud))
+        (
+            name,
+            tuple(Grant(tuple(cloud.groups), tuple(cloud.operations), tuple(cloud.resources)) for cloud in rule.cloud),
+        )
         for name, rule in node.runtime.policy.modules.items()
     )

@@ -402,7 +402,9 @@ class EdgeHub(Module):
         delivery = message.delivery
         if self._permission and not self._permission.allows(delivery.sender, message):
             what = f"{message.operation} {message.resource} of group {message.group}"
-            self._refuse_up(message, DENIED, f"{what}: runtime.policy.modules.{delivery.sender}.cloud does not grant it")
+            self._refuse_up(
+                message, DENIED, f"{what}: runtime.policy.modules.{delivery.sender}.cloud does not grant it"
+            )
         try:
             payload = self._encode(message)
         except InvalidMessage as fault:
