@@ -225,6 +225,44 @@ def check(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     raise typer.Exit(command.show(config, as_json=as_json))
 
 
+@app.command()
+def conform(
+    command: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="After `--`: the command that starts the module under test.", show_default=False),
+    ] = None,
+    broker: Annotated[
+        str, typer.Option(help="Test the broker at this endpoint instead of a module.", show_default=False)
+    ] = "",
+    only: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--only", help="Checks by name; * and ? stand for anything. More than once.", show_default=False),
+    ] = None,
+    list_them: Annotated[bool, typer.Option("--list", help="Name the checks, and run none.")] = False,
+    tcp: Annotated[bool, typer.Option("--tcp", help="Let the module connect over tcp (loopback), not ipc.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Checks at a time.")] = 6,
+    stretch: Annotated[
+        float, typer.Option(min=0.1, help="So many times as long for every reaction: for a slow machine.")
+    ] = 1.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Test a module in any language (conform -- COMMAND …) or a broker: docs/emp.md. Exit status 1: it fails."""
+    from runtime.cli import conforming
+
+    raise typer.Exit(
+        conforming.show(
+            command or [],
+            broker=broker,
+            only=only or [],
+            list_them=list_them,
+            transport="tcp" if tcp else "ipc",
+            jobs=jobs,
+            stretch=stretch,
+            as_json=as_json,
+        )
+    )
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def demo(context: typer.Context) -> None:
     """Run the demonstration: a node, a simulated cloud, MQTT traffic, and two kills (`edgezmq demo --help`)."""

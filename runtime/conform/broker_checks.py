@@ -540,7 +540,9 @@ def overflow(stage: BrokerStage) -> Script:
         messages = [[f"n-{number}"] for number in range(sent + 1, sent + count + 1)]
         sender.send(receiver.name, *messages, first=sent + 1, floor=1)
         sent += count
-        yield from stage.pause(0.0)
+    mark = stage.mark
+    sender.say(emp.PING, 1)
+    yield from stage.answer(mark, "no PONG", "PONG/1", end=sender.end)  # all of it has been read
     # The lane settles in order: what was refused is told when the rest is handled.
     while not sender.refusals(receiver.name):
         mark = stage.mark
