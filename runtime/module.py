@@ -162,7 +162,9 @@ async def _main(module: Module, endpoint: str) -> None:
 async def _live(module: Module, bus: Bus, stopping: asyncio.Event) -> None:
     async with contextlib.AsyncExitStack() as stack:
         own = await stack.enter_async_context(module.tasks)
-        await module.start()
+        if not await _has_started(module, stopping):
+            _cancel(own)
+            return
         bus.open()
         memory.settle()
         await stopping.wait()
@@ -178,6 +180,19 @@ async def _live(module: Module, bus: Bus, stopping: asyncio.Event) -> None:
                 finally:
                     drain.cancel()
         _cancel(own)
+
+
+async def _has_started(module: Module, stopping: asyncio.Event) -> bool:
+    """Start it; False when the end was asked for meanwhile. Raises what `start` raises."""
+    start, stop = asyncio.ensure_future(module.start()), asyncio.ensure_future(stopping.wait())
+    try:
+        await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if start.done():
+            await start
+        return start.done()
+    finally:
+        start.cancel()
+        stop.cancel()
 
 
 def _cancel(group: asyncio.TaskGroup) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
@@ -76,6 +77,7 @@ COALESCED: Final = "coalesced"
 
 OUTBOX_FILE: Final = "outbox.db"
 _SPILL_TOGETHER_SECONDS: Final = 0.005
+_OPEN_AGAIN_SECONDS: Final = 1.0
 _STORE_REST_SECONDS: Final = 3.0
 _PATIENCE_SECONDS: Final = 10.0
 _SETTLE_SECONDS: Final = 2.0
@@ -199,7 +201,7 @@ class EdgeHub(Module):
         self._permission = Permission(dict(config.grants))
         self._replacements: dict[int, _Replacement] = {}
         self._replacement_number = 0
-        self._open_store()
+        await self._open_store_when_possible()
         self._bucket = TokenBucket(config.message_qps, config.message_burst)
         self._pace = Pace(
             TokenBucket(config.signal_qps, config.signal_burst),
@@ -503,6 +505,19 @@ class EdgeHub(Module):
             self._drained.set()
 
     # --- the outbox on disk ------------------------------------------------------------------------------
+
+    async def _open_store_when_possible(self) -> None:
+        """On a full disk not even reading is possible: wait for room, rather than to end and be given up."""
+        while True:
+            try:
+                self._open_store()
+                return
+            except (OSError, sqlite3.OperationalError) as fault:
+                self._store = None
+                self._warn(
+                    "open", "the outbox cannot be opened, trying again every %g s: %s", _OPEN_AGAIN_SECONDS, fault
+                )
+            await asyncio.sleep(_OPEN_AGAIN_SECONDS)
 
     def _open_store(self) -> None:
         """Open the file and take up what it holds. Without a path (tests) everything stays in memory."""

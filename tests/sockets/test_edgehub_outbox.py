@@ -15,8 +15,8 @@ from runtime.message import Message
 from runtime.names import Group
 from tests.modules.edgehub.fakes import upload
 from tests.modules.edgehub.simulated import NODE, cloud
-from tests.sockets.test_edgehub_process import Processes, processes
-from tests.support.aio import run
+from tests.sockets.test_edgehub_process import Processes, processes, write_config
+from tests.support.aio import run, until
 
 __all__ = ["processes"]
 
@@ -114,6 +114,28 @@ def test_a_stop_without_a_link_leaves_what_was_accepted_in_the_file(tmp_path: Pa
             await sim.inject("clear")
             processes.start("modules.edgehub")
             await sim.wait_for(lambda: len(set(arrived(sim))) == 500)
+
+    run(scenario())
+
+
+def test_an_outbox_that_cannot_be_opened_is_waited_for(tmp_path: Path, processes: Processes) -> None:
+    async def scenario() -> None:
+        async with cloud(tmp_path / "cloud") as sim:
+            write_config(sim)
+            obstacle = find_home().data / "outbox.db"
+            obstacle.mkdir()
+            processes.start("runtime.broker")
+            for is_stopped in (True, False):
+                processes.start("modules.edgehub")
+                said = len(processes.said("modules.edgehub"))
+                await until(lambda said=said: "cannot be opened" in processes.said("modules.edgehub")[said:], "a word")
+                if is_stopped:
+                    assert await asyncio.to_thread(processes.stop, "modules.edgehub") == 0
+            obstacle.rmdir()
+            await sim.wait_served(NODE)
+            async with Bus.connect("tester") as bus:
+                await (await bus.send(Group("hub"), upload(1)))
+            await sim.wait_for(lambda: arrived(sim) == [1])
 
     run(scenario())
 
