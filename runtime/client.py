@@ -417,12 +417,14 @@ class Bus:
         end = self._loop.time() + timeout
         self._core.drain(timeout)
         self._flush()
-        settled, quiet_at = -1, end
+        goals: dict[OutLane, int] = {}
+        left, quiet_at = -1, end
         while (now := self._loop.time()) < end:
-            left = sum(map(_unsettled, self._lanes.values()))
-            so_far = sum(lane.next for lane in self._lanes.values()) - left
-            if so_far != settled or not self._attached.is_set():
-                settled, quiet_at = so_far, now + DRAIN_QUIET_SECONDS
+            if self._running or not goals:  # what tasks of the module's own send later is not waited for
+                goals = {lane: lane.next for lane in self._lanes.values()}
+            before, left = left, sum(_unsettled(lane, goal) for lane, goal in goals.items())
+            if left != before or not self._attached.is_set():
+                quiet_at = now + DRAIN_QUIET_SECONDS
             if not self._running and (not left or now >= quiet_at):
                 return
             await asyncio.sleep(0.01)  # between two looks; ends with the deadline
@@ -1084,10 +1086,10 @@ class _Connecting:
             await self._bus.aclose()
 
 
-def _unsettled(lane: OutLane) -> int:
-    """What a drain should wait for. Not for retained messages: the broker keeps them for absent members."""
+def _unsettled(lane: OutLane, goal: int) -> int:
+    """Messages before number `goal` that a drain should wait for. Not retained ones: the broker has them for later."""
     return sum(
-        batch.first + batch.count - max(batch.first, batch.settled + 1)
+        max(0, min(batch.last + 1, goal) - max(batch.first, batch.settled + 1))
         for batch in lane.batches
         if batch.retain_key is None
     )
