@@ -18,7 +18,6 @@ from runtime.message import BYTES, JSON, OPERATION_ERROR, OPERATION_RESPONSE, TE
 
 OPERATION_KEEPALIVE: Final = "keepalive"
 OPERATION_QUERY: Final = "query"
-OPERATION_PING: Final = "ping"
 CA_RESOURCE: Final = "k8s/ca.crt"
 GROUP_RESOURCE: Final = "resource"
 GROUP_USER: Final = "user"
@@ -58,18 +57,13 @@ def greeting() -> Message:
     return Message.build(source="metamanager", group="meta", resource=CA_RESOURCE, operation=OPERATION_QUERY)
 
 
-def ping() -> Message:
-    """A control message that a hub may answer from its connection layer, with `ack`; it says nothing of a session."""
-    return Message.build(source="metamanager", group="meta", resource="node", operation=OPERATION_PING)
-
-
 def proves_session(message: Message) -> bool:
     """Whether a message from the cloud shows that the link has a session.
 
     All do but one kind: operations `ping`, `pong` and `config` are answered with `ack` by CloudHub's connection
     layer, on a rejected connection too.
     """
-    return not (message.operation == OPERATION_RESPONSE and message.kind != JSON and message.content == b"ack")
+    return not (message.operation == OPERATION_RESPONSE and message.kind == TEXT and message.content == b"ack")
 
 
 def connection_event(group: str, *, is_connected: bool) -> Message:

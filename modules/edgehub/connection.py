@@ -19,7 +19,7 @@ from modules.edgehub.lanes import Lanes
 from modules.edgehub.link import Decoded, Link, LinkLost, LinkRefused, Passed, Received, make_encoder
 from modules.edgehub.liveness import Liveness
 from modules.edgehub.outbox import Class, Outbox, Poisoned
-from modules.edgehub.session import Action, Failed, LinkSession, Lost, Opened
+from modules.edgehub.session import Action, Failed, LinkSession, LinkState, Lost, Opened
 from modules.edgehub.window import ByteWindow
 from runtime.message import Message
 
@@ -344,7 +344,8 @@ class Connection:
     def _dead_at(self, now: float) -> float | None:
         if self._is_watching:
             self._liveness.acknowledged(self._link.acknowledged_bytes(), now=now)
-        if self._is_reading_stopped:
+        if self._is_reading_stopped or self._session.state is LinkState.GREETING:
+            # Nothing can be heard, or the greeting's own time is running.
             self._liveness.progress(now=now)
         return self._liveness.dead_at(
             is_awaited=self._is_watching,

@@ -150,7 +150,6 @@ class QuicLink:
         self._idle_streams: deque[int] = deque()  # message streams that the cloud opened and we do not write on
         self._ignored: set[int] = set()
         self._barriers: dict[str, int] = {}  # by the id of the query that stands for it
-        self._answers_queries = False
         self._inbox: list[LinkEvent] = []
         self._inbox_bytes = 0
         self._arrival: asyncio.Future[None] | None = None
@@ -240,7 +239,7 @@ class QuicLink:
             return
         pieces = [self._as_viaduct(payload) for payload in payloads]
         if barrier is not None:
-            pieces += self._barrier_messages(barrier)
+            pieces.append(self._barrier_query(barrier))
         lane = self._lanes.get(kind)
         start = b""
         if lane is None:
@@ -258,18 +257,15 @@ class QuicLink:
         """The payload; out of an outbox that was filled while the link was a websocket it is JSON."""
         return viaduct.encode_message(from_cloud_json(payload)) if payload[:1] == b"{" else payload
 
-    def _barrier_messages(self, barrier: int) -> list[bytes]:
+    def _barrier_query(self, barrier: int) -> bytes:
         """The query that CloudHub answers itself, once it has read everything before it on the stream.
 
-        On a connection that CloudHub has rejected nobody answers it. Until one was answered a control message goes
-        along, which a hub may answer from its connection layer, as it does on the websocket.
+        CloudHub reads message streams without looking for control messages, as it does on the websocket, so there is
+        nothing else to ask it. On a connection that it has rejected nobody answers.
         """
-        messages = [cloud.greeting()]
-        if not self._answers_queries:
-            messages.append(cloud.ping())
-        for message in messages:
-            self._barriers[message.id] = barrier
-        return [viaduct.encode_message(message) for message in messages]
+        query = cloud.greeting()
+        self._barriers[query.id] = barrier
+        return viaduct.encode_message(query)
 
     def is_writable(self, kind: Class) -> bool:
         lane = self._lanes.get(kind)
@@ -463,7 +459,6 @@ class QuicLink:
             if barrier is None:
                 inbox.append(Decoded(cloud.with_kind(message), len(package)))
                 continue
-            self._answers_queries = self._answers_queries or message.resource == cloud.CA_RESOURCE
             inbox.append(Passed(barrier))
         if size:
             self._inbox_bytes += size

@@ -241,11 +241,13 @@ class LinkSession:
         unproven_redial_seconds: float,
         failback_seconds: float = 0.0,
         is_answered: bool = True,
+        keeps_unproven: bool = True,
         now: float,
     ) -> None:
         """`failback_seconds` between two looks at the first endpoint while another one serves; 0: none.
 
-        `is_answered`: whether the hub knows the greeting query.
+        `is_answered`: whether the hub knows the greeting query. `keeps_unproven`: a link whose greeting nobody answers
+        is of use, for something else tells what the hub has read.
         """
         self._endpoints = endpoints
         self._backoff = backoff
@@ -255,7 +257,7 @@ class LinkSession:
         self._unproven_redial_seconds = unproven_redial_seconds
         self._failback_seconds = failback_seconds if len(endpoints) > 1 else 0.0
         self._is_answered = is_answered
-        self._unanswered_limit = max(UNANSWERED_DIALS, len(endpoints))
+        self._unanswered_limit = max(UNANSWERED_DIALS, len(endpoints)) if keeps_unproven else float("inf")
         self._state = LinkState.CLOSED
         self._why = "starting"
         self._since = now
