@@ -63,7 +63,9 @@ class Run:
                 self.calm += result.calm
             except (RigBroken, DemoFailed, OSError) as fault:
                 result.why_not = f"{type(fault).__name__}: {fault}"
-            if not result.ran or not result.is_clean or result.total.lost:
+            if self._options.keep_logs and self._rig is not None:
+                self._rig.keep_logs(self._directory / "failed" / f"{len(self.results):03d}")
+            if not result.ran or not result.is_clean or result.total.lost or result.misses:
                 self._give_up(cell)
         self.results.append(result)
         return result
@@ -155,6 +157,9 @@ def faults(cells: Sequence[dict[str, Any]]) -> list[str]:
             continue
         if cell["lost"]:
             found.append(f"{name}: {cell['lost']} lost")
+        if not cell["settled"]:
+            found.append(f"{name}: did not come to rest, {cell['commands_unanswered']} commands unanswered")
+        found += [f"{name}: {miss}" for miss in cell["misses"]]
         if cell["duplicated_unexplained"]:
             found.append(f"{name}: {cell['duplicated_unexplained']} duplicates neither marked nor in the window")
         if cell["recovery_s"] is None:
@@ -271,6 +276,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, help="of all chances; default: a random one, printed")
     add("--only", action="append", metavar="VICTIM:HARM", help="only this cell; may be repeated")
     add("--quick", action="store_true", help="short cells with few messages: does it work at all?")
+    add("--keep-logs", action="store_true", help="of all cells, not only of those that failed")
     add("--list", action="store_true", help="the names of the cells")
     return parser
 

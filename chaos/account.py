@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Final
 
 _MARGIN_SECONDS: Final = 0.5
-"Between what happened to the MQTT broker and when it was noticed."
+"Between what happened to the MQTT broker or the link and when it was noticed."
 
 
 @dataclass(slots=True)
@@ -24,6 +24,8 @@ class Counts:
     "Accepted, not arrived, not stored."
     lost_by_mqtt: int = 0
     "Acknowledged to the device by an MQTT broker that was killed before the node had acknowledged it to the broker."
+    cut: int = 0
+    "Not stored, of a kind that nobody acknowledges, and on its way when the link was cut."
     duplicated: int = 0
     "Arrivals beyond the first."
     duplicated_marked: int = 0
@@ -69,6 +71,10 @@ class Flow:
         """Whether the message was accepted by an MQTT broker that lost all it had at one of those moments."""
         return any(self.accepted_at[key] <= until + _MARGIN_SECONDS for until in lost_until)
 
+    def was_under_way(self, key: str, last_cut: float | None) -> bool:
+        """Whether the message was sent before the link was cut for the last time."""
+        return last_cut is not None and self.sent_at[key] <= last_cut + _MARGIN_SECONDS
+
     def counts(
         self,
         *,
@@ -77,21 +83,30 @@ class Flow:
         window_seconds: float,
         stored: Collection[str] = (),
         node_has: Collection[str] | None = None,
+        mqtt_has: Collection[str] | None = None,
         mqtt_lost_until: Iterable[float] = (),
+        cuts: Iterable[float] = (),
     ) -> Counts:
-        """The sums. `node_has`: what the node acknowledged to the MQTT broker, where that is known.
-        `mqtt_lost_until`: for what it accepted until then, and the node never had, the MQTT broker is to blame.
+        """The sums. `node_has`: what the node acknowledged to the MQTT broker; `mqtt_has`: what the broker acknowledged
+        to the node; where that is known. `mqtt_lost_until`: for what the MQTT broker accepted until then, and did not
+        hand over, it is to blame.
+        `cuts`: when the link was cut, for a flow that is acknowledged to nobody.
 
         A repetition without a mark is within the window when the message was sent before the harm was over, and
         its first arrival was not longer than `window_seconds` before the harm: nobody could know that it had arrived.
         """
         counts = Counts(sent=len(self.sent_at), accepted=len(self.accepted_at), arrived=len(self.came_at))
         outages = list(mqtt_lost_until)
+        last_cut = max(cuts, default=None)
         for key in self.missing():
             if key in stored:
                 counts.stored += 1
-            elif node_has is not None and key not in node_has and self.is_mqtts(key, outages):
+            elif ((node_has is not None and key not in node_has) or (mqtt_has is not None and key in mqtt_has)) and (
+                self.is_mqtts(key, outages)
+            ):
                 counts.lost_by_mqtt += 1
+            elif self.was_under_way(key, last_cut):
+                counts.cut += 1
             else:
                 counts.lost += 1
         for key, times in self.came_at.items():

@@ -22,14 +22,18 @@ from cloudsim.wire import CloudMessage
 
 
 class WritingRecorder(Recorder):
-    """One line `M seconds id crc token` for each message with a token of ours, `A seconds id` for an ACK."""
+    """One line `M seconds id crc token` for each message with a token of ours, `A seconds id` for an ACK.
+
+    `K seconds 0` when a session of the node begins or ends: what is not acknowledged and was on its way may be gone.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__(max_events=1000, max_bytes=2**20, max_ids=1000)
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._cut()  # a cloudsim that was killed could not tell of the end
 
-    def message(self, node: str, module: str, message: CloudMessage, payload: bytes, at: float) -> None:
-        super().message(node, module, message, payload, at)
+    def message(self, node: str, module: str, message: CloudMessage, payload: bytes, at: float, *how: Any) -> None:
+        super().message(node, module, message, payload, at, *how)
         found = TOKEN.search(payload)
         if found is not None:
             content = message.content
@@ -41,6 +45,11 @@ class WritingRecorder(Recorder):
         super().happen(node, what, facts, at)
         if what == "acknowledged":
             os.write(self._fd, f"A {time.monotonic():.4f} {facts['id']}\n".encode())
+        elif what in ("connected", "disconnected"):
+            self._cut()
+
+    def _cut(self) -> None:
+        os.write(self._fd, f"K {time.monotonic():.4f} 0\n".encode())
 
 
 async def serve(directory: Path, port: int, control_port: int, record: Path) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Final
@@ -26,6 +26,11 @@ PAIR_CARRIERS: Final = frozenset({"broker", "supervisord", EVERYTHING})
 "Victims that the unrelated pair itself depends on: no ratio for them."
 
 
+def shimmed(victim: str) -> Sequence[str]:
+    """The processes that a harm by the shim is done to."""
+    return SHIMMED if victim == EVERYTHING else (victim,)
+
+
 @dataclass
 class Scene:
     """What a harm may touch."""
@@ -37,6 +42,8 @@ class Scene:
     "Go on with the load for so many seconds."
     victim: str
     spare: subprocess.Popen[bytes] | None = None
+    stopped: list[int] = field(default_factory=list)
+    continued_at: float = float("inf")
 
     def pids(self) -> list[int]:
         names = ALL_PROCESSES if self.victim == EVERYTHING else (self.victim,)
@@ -58,8 +65,14 @@ class Harm:
     hold_seconds: tuple[float, float] = (0.0, 0.0)
     is_kill: bool = False
     offline_seconds: float = 0.0
-    "The link stands still for so long before, so that the node has to store what it accepts."
+    "The link is away for so long before, so that the node has to store what it accepts."
+    offline_by: str = "stall"
+    "What the relay does meanwhile: `stall` or `refuse`."
     needs_shim: bool = False
+    has_to_write: bool = False
+    "At least one write must have met the full disk, or the cell shows nothing."
+    must_fence: bool = False
+    "Whoever was stopped may handle nothing more under its name."
 
 
 @dataclass(frozen=True)
@@ -84,19 +97,28 @@ def _terminate(scene: Scene) -> None:
 
 
 def _stop(scene: Scene) -> None:
-    scene.stopped = scene.pids()  # type: ignore[attr-defined]
+    scene.stopped = scene.pids()
     scene.signal(signal.SIGSTOP)
 
 
 def _continue(scene: Scene) -> None:
-    for pid in scene.stopped:  # type: ignore[attr-defined]
+    scene.continued_at = time.monotonic()
+    for pid in scene.stopped:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
 
 
+def _stop_unwatched(scene: Scene) -> None:
+    """With the watchdog, which would kill it: so it comes back long after it was given up."""
+    watchdog = scene.rig.pid("watchdog")
+    os.kill(watchdog, signal.SIGSTOP)
+    _stop(scene)
+    scene.stopped.append(watchdog)
+
+
 def _stop_and_replace(scene: Scene) -> None:
     """A second process takes the name over while the first is stopped; its lock is in a home of its own."""
-    _stop(scene)
+    _stop_unwatched(scene)
     home = scene.rig.directory / "spare"
     home.mkdir(exist_ok=True)
     environment = {
@@ -138,23 +160,30 @@ def _restart_hub(scene: Scene) -> None:
 # --- disk and clock ---------------------------------------------------------------------------------------
 
 
-def _shimmed(scene: Scene) -> Sequence[str]:
-    return SHIMMED if scene.victim == EVERYTHING else (scene.victim,)
+def _kill_on_full_disk(scene: Scene) -> None:
+    _fill_disk(scene)
+    _kill(scene)
+
+
+def _fill_disk_of_logs(scene: Scene) -> None:
+    """supervisord writes everybody's log, and its own when somebody dies."""
+    _fill_disk(scene)
+    os.kill(scene.rig.pid("keeper"), signal.SIGKILL)
 
 
 def _fill_disk(scene: Scene) -> None:
-    for name in _shimmed(scene):
+    for name in shimmed(scene.victim):
         scene.rig.control.set_full(name, True)
 
 
 def _free_disk(scene: Scene) -> None:
-    for name in _shimmed(scene):
+    for name in shimmed(scene.victim):
         scene.rig.control.set_full(name, False)
 
 
 def _jump(seconds: float) -> Callable[[Scene], None]:
     def jump(scene: Scene) -> None:
-        for name in _shimmed(scene):
+        for name in shimmed(scene.victim):
             scene.rig.control.set_clock(name, seconds)
 
     return jump
@@ -181,9 +210,18 @@ SIGKILL: Final = Harm("SIGKILL", _kill, is_kill=True)
 SIGTERM: Final = Harm("SIGTERM", _terminate, is_kill=True)
 SIGSTOP: Final = Harm("SIGSTOP", _stop, _continue, (2.0, 4.0))
 SIGSTOP_LONG: Final = Harm("SIGSTOP until killed", _stop, _continue, (7.0, 8.0))
-SIGSTOP_REPLACED: Final = Harm("SIGSTOP replaced", _stop_and_replace, _continue_and_let_go, (2.0, 2.5))
+SIGSTOP_PAST_LIVENESS: Final = Harm("SIGSTOP past liveness", _stop_unwatched, _continue, (15.5, 16.5))
+"The liveness time of a module is 15 s, unless it says otherwise; keeper says 3 s."
+SIGSTOP_PAST_KEEPERS: Final = replace(SIGSTOP_PAST_LIVENESS, hold_seconds=(4.0, 5.0))
+SIGSTOP_REPLACED: Final = Harm("SIGSTOP replaced", _stop_and_replace, _continue_and_let_go, (3.5, 4.0), must_fence=True)
 SIGKILL_OFFLINE: Final = Harm("SIGKILL offline", _kill, _order("pass"), (1.0, 2.0), is_kill=False, offline_seconds=2.5)
-DISK_FULL: Final = Harm("disk full", _fill_disk, _free_disk, (3.0, 4.0), needs_shim=True)
+DISK_FULL: Final = Harm("disk full", _fill_disk, _free_disk, (5.5, 6.0), needs_shim=True, has_to_write=True)
+DISK_FULL_OF_LOGS: Final = Harm(
+    "disk full", _fill_disk_of_logs, _free_disk, (3.0, 4.0), needs_shim=True, has_to_write=True
+)
+SIGKILL_DISK_FULL: Final = Harm(
+    "SIGKILL disk full", _kill_on_full_disk, _free_disk, (3.0, 4.0), is_kill=True, needs_shim=True, has_to_write=True
+)
 
 
 def _free_disk_and_link(scene: Scene) -> None:
@@ -192,7 +230,14 @@ def _free_disk_and_link(scene: Scene) -> None:
 
 
 DISK_FULL_OFFLINE: Final = Harm(
-    "disk full offline", _fill_disk, _free_disk_and_link, (3.0, 4.0), offline_seconds=1.0, needs_shim=True
+    "disk full offline",
+    _fill_disk,
+    _free_disk_and_link,
+    (3.0, 4.0),
+    offline_seconds=1.0,
+    offline_by="refuse",
+    needs_shim=True,
+    has_to_write=True,
 )
 CLOCK_FORWARD: Final = Harm("clock forward", _jump(_DAY_SECONDS * 30), _jump(0.0), (2.5, 3.5), needs_shim=True)
 CLOCK_BACK: Final = Harm("clock back", _jump(-_DAY_SECONDS * 365), _jump(0.0), (2.5, 3.5), needs_shim=True)
@@ -210,17 +255,17 @@ _SIGNALS: Final = (SIGKILL, SIGSTOP, SIGTERM)
 _CLOCKS: Final = (CLOCK_FORWARD, CLOCK_BACK)
 
 MATRIX: Final[Sequence[tuple[str, Sequence[Harm]]]] = (
-    ("broker", (*_SIGNALS, SIGSTOP_LONG, DISK_FULL, *_CLOCKS)),
-    ("edgehub", (*_SIGNALS, SIGKILL_OFFLINE, DISK_FULL, DISK_FULL_OFFLINE, *_CLOCKS)),
-    ("eventbus", (*_SIGNALS, DISK_FULL, *_CLOCKS)),
-    ("keeper", (*_SIGNALS, SIGSTOP_LONG, SIGSTOP_REPLACED, DISK_FULL, CLOCK_FORWARD)),
-    ("maker", (SIGKILL, SIGSTOP, SIGTERM)),
-    ("watchdog", (*_SIGNALS, DISK_FULL, *_CLOCKS)),
-    ("supervisord", (*_SIGNALS, DISK_FULL, *_CLOCKS)),
+    ("broker", (*_SIGNALS, SIGSTOP_LONG, SIGSTOP_PAST_LIVENESS, SIGKILL_DISK_FULL, *_CLOCKS)),
+    ("edgehub", (*_SIGNALS, SIGSTOP_PAST_LIVENESS, SIGKILL_OFFLINE, SIGKILL_DISK_FULL, DISK_FULL_OFFLINE, *_CLOCKS)),
+    ("eventbus", (*_SIGNALS, SIGSTOP_PAST_LIVENESS, SIGKILL_DISK_FULL, *_CLOCKS)),
+    ("keeper", (*_SIGNALS, SIGSTOP_LONG, SIGSTOP_PAST_KEEPERS, SIGSTOP_REPLACED, SIGKILL_DISK_FULL, CLOCK_FORWARD)),
+    ("maker", (*_SIGNALS, SIGKILL_DISK_FULL)),
+    ("watchdog", (*_SIGNALS, SIGKILL_DISK_FULL, *_CLOCKS)),
+    ("supervisord", (*_SIGNALS, DISK_FULL_OF_LOGS, *_CLOCKS)),
     ("mosquitto", (*_SIGNALS, DISK_FULL, CLOCK_FORWARD)),
     ("mqtt-link", (DROPPED, HALF_OPEN, STALLED)),
     ("cloudsim", (*_SIGNALS, RESTART)),
     ("link", (DROPPED, HALF_OPEN, STALLED, THROTTLED)),
-    (EVERYTHING, (SIGKILL, SIGSTOP, SIGTERM, DISK_FULL, *_CLOCKS, POWER_LOSS, POWER_LOSS_OFFLINE)),
+    (EVERYTHING, (SIGKILL, SIGSTOP, SIGTERM, DISK_FULL_OFFLINE, *_CLOCKS, POWER_LOSS, POWER_LOSS_OFFLINE)),
 )
 CELLS: Final = tuple(Cell(victim, harm) for victim, harms in MATRIX for harm in harms)

@@ -15,7 +15,6 @@ import uuid
 import zlib
 from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import paho.mqtt.client as mqtt
@@ -24,6 +23,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from chaos.account import Flow
 from chaos.places import NODE
 from chaos.rig import Rig
+from chaos.tail import Tail
 
 REPEAT_SECONDS: Final = 2.0
 "The cloud application asks again when no answer has come for so long; then after twice that, and so on."
@@ -41,26 +41,6 @@ _HTTP_PAUSE_SECONDS: Final = 0.3
 _FILLER: Final = "x" * 80
 
 
-class Tail:
-    """The whole lines that have come to a file since the last look."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._at = path.stat().st_size if path.exists() else 0
-        self._rest = b""
-
-    def lines(self) -> list[bytes]:
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._at)
-                data = file.read()
-        except FileNotFoundError:
-            return []
-        self._at += len(data)
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        return lines
-
-
 class Device:
     """A paho client of a persistent session. Its thread only fills two queues."""
 
@@ -68,7 +48,9 @@ class Device:
         self._commands = commands
         self.acknowledged: deque[tuple[int, float]] = deque()
         "Packet ids with the time of their PUBACK."
-        self.got: deque[bytes] = deque()
+        self.got: deque[tuple[bytes, bool]] = deque()
+        "Payloads, and whether MQTT says that it is a repetition."
+        self.subscribed: deque[float] = deque()
         self.pending: dict[int, tuple[str, str]] = {}
         self._client = client = mqtt.Client(
             CallbackAPIVersion.VERSION2, client_id=f"chaos-device-{number}-{os.getpid()}", clean_session=False
@@ -79,6 +61,7 @@ class Device:
         client.on_connect = self._on_connect
         client.on_publish = self._on_publish
         client.on_message = self._on_message
+        client.on_subscribe = self._on_subscribe
         client.connect("127.0.0.1", port, keepalive=10)
         client.loop_start()
 
@@ -98,7 +81,10 @@ class Device:
         self.acknowledged.append((mid, time.monotonic()))
 
     def _on_message(self, _client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
-        self.got.append(bytes(message.payload))
+        self.got.append((bytes(message.payload), message.dup))
+
+    def _on_subscribe(self, *_: Any) -> None:
+        self.subscribed.append(time.monotonic())
 
 
 class Load:
@@ -127,21 +113,30 @@ class Load:
         self.uploads, self.answers, self.made = Flow(), Flow(), Flow()
         "From the device; its answers to commands; of maker to the cloud."
         self.commands, self.kept, self.objects = Flow(), Flow(), Flow()
-        "From the cloud application; of maker to keeper; objects of the cluster."
+        "Every single asking of the cloud application; of maker to keeper; objects of the cluster."
+        self.answered = 0
+        "Commands, however often they had to be asked."
+        self.cuts: list[float] = []
+        "When a session of the node with the cloud began or ended."
         self.node_has: set[str] = set()
         "Tokens that eventbus has acknowledged to the MQTT broker."
+        self.mqtt_has: set[str] = set()
+        "Tokens that the MQTT broker has acknowledged to eventbus."
         self.sessions_lost: list[float] = []
         "When eventbus connected and the MQTT broker had forgotten its session."
         self.subscribed: list[float] = []
+        self.device_subscribed: list[float] = []
         self.asked: dict[int, float] = {}
         "Unanswered commands, with the time of the last asking."
         self._asked_again: dict[int, int] = {}
         self._repeats = 0.0
-        self.asks = 0
-        self.asks_that_came = 0
+        self._askings = 0
+        self._answers = 0
         self.asks_refused = 0
         "By the cloud, which has no session with the node."
         self.refusals: dict[str, int] = {}
+        self.handled: list[tuple[int, float]] = []
+        "Process and moment of everything that keeper has handled."
         self.last_progress = time.monotonic()
         self.watched_from = float("inf")
         self.first: dict[tuple[str, bool], float] = {}
@@ -198,10 +193,12 @@ class Load:
         self.uploads.send(key, now)
         self._devices[device].publish(f"chaos/user/device{device}", text, "u", key)
 
+    @property
+    def commands_begun(self) -> int:
+        return self._numbers[1]
+
     def next_command(self, now: float) -> int:
         number = self._numbers[1] = self._numbers[1] + 1
-        self.commands.send(str(number), now)
-        self.commands.accept(str(number), now)  # the cloud application has it: it asks until it is answered
         self.asked[number] = now
         return number
 
@@ -227,21 +224,26 @@ class Load:
 
     def _ask(self, numbers: list[int], objects: list[dict[str, Any]], now: float) -> None:
         messages = list(objects)
+        keys = []
         for number in numbers:
             self.asked[number] = now
+            self._askings += 1
+            keys.append(f"c.{self.mark}.{number}.{self._askings}.")
             route = {"source": "router_eventbus", "group": "user", "operation": "publish", "resource": "chaos/set"}
-            messages.append({"route": route, "content": {"t": f"c.{self.mark}.0.{number}."}})
+            messages.append({"route": route, "content": {"t": keys[-1]}})
         if not messages or now < self._http_after:
             return
+        for key in keys:
+            self.commands.send(key, now)
         results = self._post(f"/nodes/{NODE}/messages/batch", messages)
         if results is None:
             self._http_after = now + _HTTP_PAUSE_SECONDS
             return
-        for result in results.get("results", [])[len(objects) :]:
+        for key, result in zip(keys, results.get("results", [])[len(objects) :], strict=False):
             if result.get("dropped"):
                 self.asks_refused += 1
             else:
-                self.asks += 1
+                self.commands.accept(key, now)
 
     def _post(self, path: str, body: Any) -> dict[str, Any] | None:
         try:
@@ -274,11 +276,15 @@ class Load:
                 if key.split(".", 2)[1] == self.mark:
                     (self.uploads if kind == "u" else self.answers).accept(key, at)
             while device.got:
-                self._obey(device, device.got.popleft())
+                self._obey(device, *device.got.popleft())
+            while device.subscribed:
+                self.device_subscribed.append(device.subscribed.popleft())
         for line in self._mqtt.lines():
             kind, when, what = line.decode().split(" ")
             if kind == "P":
                 self.node_has.add(what)
+            elif kind == "Q":
+                self.mqtt_has.add(what)
             elif kind == "C" and what == "0":
                 self.sessions_lost.append(float(when))
             elif kind == "B":
@@ -294,6 +300,7 @@ class Load:
             flow = self.kept if words[0] == "H" else self.objects
             if words[1] in flow.sent_at:
                 at = float(words[4])
+                self.handled.append((int(words[3]), at))
                 flow.arrive(words[1], at, is_marked=words[2] == "1")
                 if flow is self.kept and at > self.watched_from:
                     self._seen("keeper", flow.sent_at[words[1]], at)
@@ -301,19 +308,24 @@ class Load:
             asked, took = line.split(b" ")
             self.latencies.append((float(asked), float(took)))
 
-    def _obey(self, device: Device, payload: bytes) -> None:
+    def _obey(self, device: Device, payload: bytes, is_marked: bool) -> None:
         token = json.loads(payload).get("t", "")
-        _, mark, _, number, _ = token.split(".")
+        _, mark, number, _, _ = token.split(".")
         if mark != self.mark:
             return
-        self.asks_that_came += 1
-        key = f"a.{mark}.{number}.{self.asks_that_came}."
         now = time.monotonic()
+        self.last_progress = now
+        self.commands.arrive(token, now, is_marked=is_marked)
+        self._answers += 1
+        key = f"a.{mark}.{number}.{self._answers}."
         self.answers.send(key, now)
         device.publish("chaos/user/answers", json.dumps({"t": key}), "a", key)
 
     def _from_cloud(self, words: list[str]) -> None:
         at = float(words[1])
+        if words[0] == "K":
+            self.cuts.append(at)
+            return
         if words[0] == "A":
             if words[2] in self.objects.sent_at:
                 self.objects.accept(words[2], at)
@@ -338,7 +350,7 @@ class Load:
         elif kind == "a":
             self.answers.arrive(token, at, message_id=message_id)
             if self.asked.pop(int(device), None) is not None:
-                self.commands.arrive(device, at)
+                self.answered += 1
 
     def _from_maker(self, words: list[str]) -> None:
         if words[0] == "G":
@@ -366,14 +378,18 @@ class Load:
     def is_settled(self, mqtt_lost_until: Sequence[float] = ()) -> bool:
         """All that was published is acknowledged and has arrived, all commands are answered.
 
-        Not waited for: what an MQTT broker accepted up to one of those moments and the node never had.
+        Not waited for: what an MQTT broker accepted up to one of those moments and the node never had; askings
+        that were on their way at a cut.
         """
         if (
             len(self.uploads.accepted_at) != len(self.uploads.sent_at)
             or len(self.answers.accepted_at) != len(self.answers.sent_at)
             or self.asked
-            or any(flow.missing() for flow in (self.made, self.kept))
+            or any(flow.missing() for flow in (self.made, self.kept, self.objects))
         ):
+            return False
+        last_cut = max((*self.cuts, *mqtt_lost_until), default=None)
+        if not all(self.commands.was_under_way(key, last_cut) for key in self.commands.missing()):
             return False
         for flow in (self.uploads, self.answers):
             missing = flow.missing()

@@ -6,4 +6,7 @@ from typing import Final
 NODE: Final = "chaos-node"
 
 TOKEN: Final = re.compile(rb"[a-z]\.[0-9a-z]+\.\d+\.\d+\.")
-"In the content of every message that is counted: kind, cell, device or generation, number."
+"""In the content of every message that is counted: kind, cell, device or generation or command, number.
+
+Kinds: `u` a device's upload, `a` its answer, `c` an asking of a command, `k` and `m` of maker to keeper and the cloud.
+"""

@@ -1,7 +1,8 @@
 """A TCP relay that breaks the link it carries: `python -m chaos.relay LISTEN_PORT TARGET_PORT [RECORD]`.
 
-Its standard input takes one JSON object a line: {"do": "drop" | "half-open" | "stall" | "throttle" | "pass"}.
-With RECORD it reads along in MQTT: which messages of ours its client has acknowledged to the broker.
+Its standard input takes one JSON object a line, {"do": WHAT}: drop, half-open, refuse, stall, throttle, pass.
+With RECORD it reads along in MQTT: which messages of ours its client has acknowledged to the broker, and which the
+broker to its client.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from chaos.places import TOKEN
 
 _CONNACK, _PUBLISH, _PUBACK, _SUBACK = 2, 3, 4, 9
+_QOS = 0x06
 _SLICE_SECONDS = 0.02
 _SMALL_BUFFER = 16384
 
@@ -52,39 +54,59 @@ class Packets:
 
 
 class Sniffer:
-    """What the client of one MQTT connection has acknowledged (`P`), and when it was subscribed (`B`).
+    """What the client of one MQTT connection has acknowledged (`P`), what the broker has (`Q`), one line each.
 
-    `C seconds 0|1`: a new connection, and whether the broker still had the session.
+    `B`: it was subscribed. `C seconds 0|1`: a new connection, and whether the broker still had the session.
     """
 
     def __init__(self, record: int) -> None:
         self._record = record
         self._from_broker = Packets()
         self._from_client = Packets()
-        self._tokens: dict[bytes, bytes] = {}
+        self._handed_over: dict[bytes, bytes] = {}  # packet id -> token, each direction its own
+        self._published: dict[bytes, bytes] = {}
 
     def from_broker(self, data: bytes) -> None:
+        lines = []
         for first, rest in self._from_broker.feed(data):
-            if first >> 4 == _PUBLISH and first & 0x06:
-                token = TOKEN.search(rest)
-                at = 2 + int.from_bytes(rest[:2], "big")
-                if token is not None:
-                    self._tokens[rest[at : at + 2]] = token[0]
+            if first >> 4 == _PUBLISH:
+                _note_publish(self._handed_over, first, rest)
+            elif first >> 4 == _PUBACK:
+                lines += _acknowledged("Q", self._published, rest)
             elif first >> 4 == _CONNACK:
-                os.write(self._record, f"C {time.monotonic():.4f} {rest[0] & 1}\n".encode())
+                lines.append(f"C {time.monotonic():.4f} {rest[0] & 1}\n".encode())
             elif first >> 4 == _SUBACK:
-                os.write(self._record, f"B {time.monotonic():.4f} 0\n".encode())
+                lines.append(f"B {time.monotonic():.4f} 0\n".encode())
+        self._write(lines)
 
     def from_client(self, data: bytes) -> None:
         lines = []
         for first, rest in self._from_client.feed(data):
-            if first >> 4 == _PUBACK:
-                token = self._tokens.pop(rest[:2], None)
-                # MQTT 5: a reason of 128 or more is a refusal, not an acknowledgement.
-                if token is not None and (len(rest) < 3 or rest[2] < 128):
-                    lines.append(f"P {time.monotonic():.4f} ".encode() + token + b"\n")
+            if first >> 4 == _PUBLISH:
+                _note_publish(self._published, first, rest)
+            elif first >> 4 == _PUBACK:
+                lines += _acknowledged("P", self._handed_over, rest)
+        self._write(lines)
+
+    def _write(self, lines: list[bytes]) -> None:
         if lines:
             os.write(self._record, b"".join(lines))
+
+
+def _note_publish(tokens: dict[bytes, bytes], first: int, rest: bytes) -> None:
+    if first & _QOS:
+        token = TOKEN.search(rest)
+        at = 2 + int.from_bytes(rest[:2], "big")
+        if token is not None:
+            tokens[rest[at : at + 2]] = token[0]
+
+
+def _acknowledged(kind: str, tokens: dict[bytes, bytes], rest: bytes) -> list[bytes]:
+    token = tokens.pop(rest[:2], None)
+    # MQTT 5: a reason of 128 or more is a refusal, not an acknowledgement.
+    if token is None or (len(rest) > 2 and rest[2] >= 128):
+        return []
+    return [f"{kind} {time.monotonic():.4f} ".encode() + token + b"\n"]
 
 
 class Relay:
@@ -95,21 +117,27 @@ class Relay:
         self.flows = asyncio.Event()
         self.flows.set()
         self.bytes_per_second = 0.0
+        self._is_refusing = False
 
     def command(self, order: dict[str, object]) -> None:
         what = order["do"]
         if what == "pass":
             self.bytes_per_second = 0.0
+            self._is_refusing = False
             self.flows.set()
         elif what == "stall":
             self.flows.clear()
         elif what == "throttle":
             self.bytes_per_second = float(str(order["bytes_per_second"]))
         else:
+            self._is_refusing = what == "refuse"
             for carried in list(self._open):
-                carried.cut() if what == "drop" else carried.go_deaf()
+                carried.go_deaf() if what == "half-open" else carried.cut()
 
     async def carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._is_refusing:
+            writer.transport.abort()
+            return
         try:
             far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target, limit=65536)
         except OSError:

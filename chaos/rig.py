@@ -9,21 +9,26 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import selectors
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from chaos.disk import Control, Disk
 from chaos.places import NODE
+from chaos.tail import Tail
 from demo.children import Child
 from demo.stage import find_mosquitto, free_port, listens
+from runtime.admin import AdminClient, BrokerSilent
 from runtime.home import Home
+from runtime.ledger import OUTBOX_FILE, compose, read_outbox
 from runtime.locks import holder, holders
 from runtime.supervisord import Supervisor, SupervisorError
 
@@ -33,6 +38,8 @@ RESTART_SECONDS: Final = 0.3
 PROGRAMS: Final = ("broker", "edgehub", "eventbus", "watchdog", "maker", "keeper", "asker", "answerer")
 MODULES: Final = ("maker", "keeper", "asker", "answerer")
 NODE_LOCK: Final = "node"
+LEDGER_SECONDS: Final = 5.0
+_LIFE: Final = re.compile(rb" (attached|back|silent|fenced|gone) module=")
 
 MOSQUITTO_CONF: Final = """\
 listener {port} 127.0.0.1
@@ -159,6 +166,8 @@ class Rig:
         "False: `tend` leaves what is dead."
         self.power_lost = False
         "Before the next start the files become what a power loss leaves."
+        self._broker_log = Tail(self.home.log / "broker.log")
+        self._life: Counter[str] = Counter()
 
     # --- starting -------------------------------------------------------------------------------------
 
@@ -250,12 +259,33 @@ class Rig:
         child = {"mosquitto": self.mqtt, "cloudsim": self.cloud}.get(name)
         if child is not None:
             return 0 if child.has_ended() else child.pid
-        return holder(self.home.lock(NODE_LOCK if name == "supervisord" else name)) or 0
+        pid = holder(self.home.lock(NODE_LOCK if name == "supervisord" else name))
+        if pid == 0:  # somebody holds it, and the disk had no room for the number
+            with contextlib.suppress(SupervisorError):
+                pid = {program.name: program.pid for program in self.supervisor.programs()}.get(name)
+        return pid or 0
 
     def node_pids(self) -> list[int]:
         """Everything on the machine that loses power: the node and the MQTT broker; supervisord first."""
         pids = [self.pid("supervisord"), *(pid for _, pid in holders(self.home.run)), self.pid("mosquitto")]
         return list(dict.fromkeys(pid for pid in pids if pid))
+
+    def life(self) -> Counter[str]:
+        """How often the broker has said so far that a module is `attached`, `back`, `silent`, `fenced` or `gone`."""
+        for line in self._broker_log.lines():
+            found = _LIFE.search(line)
+            if found is not None:
+                self._life[found[1].decode()] += 1
+        return self._life
+
+    def ledger(self) -> dict[str, Any] | None:
+        """As `edgezmq ledger --json`; None when the broker does not answer."""
+        with AdminClient(f"ipc://{self.home.bus_socket}") as admin:
+            try:
+                bus = admin.ask("status", timeout_seconds=LEDGER_SECONDS)
+            except BrokerSilent:
+                return None
+        return compose(bus, read_outbox(self.home.data / OUTBOX_FILE))
 
     def set_rates(self, kept: float, uploaded: float) -> None:
         """Of maker: messages a second to keeper, and to the cloud."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from random import Random
 from typing import Any, Final
 
 from chaos.account import Counts, Flow
-from chaos.harms import EVERYTHING, PAIR_CARRIERS, Cell, Scene
+from chaos.harms import EVERYTHING, PAIR_CARRIERS, Cell, Scene, shimmed
 from chaos.load import Load
 from chaos.places import TOKEN
 from chaos.rig import PROGRAMS, Rig
@@ -24,9 +24,9 @@ QUIET_SECONDS: Final = 0.7
 "After everything has arrived: time for a duplicate to show."
 MQTT_SECONDS: Final = 2.0
 "Without progress, until what a dead MQTT broker had is given up."
-PATIENCE_SECONDS: Final = 15.0
+PATIENCE_SECONDS: Final = 25.0
 "Without any progress for so long, what has not arrived will not."
-DRAIN_LIMIT_SECONDS: Final = 40.0
+DRAIN_LIMIT_SECONDS: Final = 120.0
 WINDOW_SECONDS: Final = 3.0
 "A message that arrived so long before the harm may still have been unconfirmed."
 
@@ -64,11 +64,20 @@ class Result:
     "Latencies of the pair before the harm; after it."
     disturbed: list[float] | None = None
     pair_failed: int = 0
-    commands_lost_in_flight: int = 0
-    "Askings that the cloud wrote to the node and the device never got; the application asked again."
+    unanswered: int = 0
+    "Commands to which the application had no answer yet when the cell was over."
     refused: dict[str, int] = field(default_factory=dict)
+    writes_refused: int | None = None
+    life: dict[str, int] = field(default_factory=dict)
+    "What the broker said of modules meanwhile: how often one was `silent`, `fenced`, `gone`."
+    ledger: dict[str, Any] | None = None
+    "`edgezmq ledger --json` at the end of the cell."
+    misses: list[str] = field(default_factory=list)
+    "What the cell was to show and did not."
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    is_settled: bool = False
+    "Everything that was accepted had arrived, or had a reason not to, and nothing was on its way any more."
     is_clean: bool = False
     "The rig may serve another cell."
 
@@ -87,7 +96,8 @@ def run_cell(cell: Cell, rig: Rig, load: Load, rates: tuple[float, float], chanc
     scene = Scene(rig, load, chance, pause, cell.victim)
     harm = cell.harm
     deaths = len(rig.mqtt_deaths)
-    refused_before = rig.control.refused(cell.victim)
+    refused_before = sum(map(rig.control.refused, shimmed(cell.victim)))
+    gave_up_before = dict(rig.life())
     load.begin_cell()
     load.latencies.clear()
     load.set_rates(*rates, others=True)
@@ -97,7 +107,7 @@ def run_cell(cell: Cell, rig: Rig, load: Load, rates: tuple[float, float], chanc
     harm_at = time.monotonic()
     if harm.offline_seconds:
         assert rig.link is not None
-        rig.link.order("stall")
+        rig.link.order(harm.offline_by)
         pause(harm.offline_seconds)
     killed_at = time.monotonic()
     old_pids = _pids_to_be_replaced(cell, rig)
@@ -137,7 +147,7 @@ def run_cell(cell: Cell, rig: Rig, load: Load, rates: tuple[float, float], chanc
                 whole_at = time.monotonic()
             return False
         assert whole_at is not None
-        enough = min(len(load.uploads.sent_at), len(load.commands.sent_at)) >= pace.at_least
+        enough = min(len(load.uploads.sent_at), load.commands_begun) >= pace.at_least
         return enough and time.monotonic() > whole_at + pace.after_seconds
 
     work(rig, load, is_over, RECOVERY_LIMIT_SECONDS)
@@ -156,7 +166,7 @@ def run_cell(cell: Cell, rig: Rig, load: Load, rates: tuple[float, float], chanc
         now = time.monotonic()
         # A broker that forgot messages may still be about to hand over others.
         patience = MQTT_SECONDS if rig.mqtt_deaths[deaths:] else 0.3
-        lost_until = _mqtt_outages(load, rig.mqtt_deaths[deaths:])
+        lost_until = _mqtt_outages(rig.mqtt_deaths[deaths:], load.sessions_lost, load.subscribed)
         if now > max(end_of_load, load.last_progress) + patience and load.is_settled(lost_until):
             settled_at = settled_at or now
             return now > settled_at + QUIET_SECONDS
@@ -165,19 +175,39 @@ def run_cell(cell: Cell, rig: Rig, load: Load, rates: tuple[float, float], chanc
 
     work(rig, load, is_quiet, DRAIN_LIMIT_SECONDS)
     result.caught_up_s = settled_at - since if settled_at else None
-    result.is_clean = settled_at is not None and recovered is not None and rig.is_whole()
+    result.is_settled = settled_at is not None
+    result.is_clean = result.is_settled and recovered is not None and rig.is_whole()
     _count(result, rig, load, harm_at, max(over_at, recovered or over_at), rig.mqtt_deaths[deaths:])
+    result.life = {event: count - gave_up_before.get(event, 0) for event, count in rig.life().items()}
     if cell.victim not in PAIR_CARRIERS:
         window = [took for at, took in load.latencies if harm_at <= at <= until]
         result.disturbed = window
         result.pair_failed = sum(took >= 20.0 for took in window)
     if harm.needs_shim and not rig.control.is_shimmed("broker"):
         result.notes.append("the shim is not in the processes")
-    elif "disk full" in harm.name and cell.victim != "everything":
-        result.notes.append(f"{rig.control.refused(cell.victim) - refused_before} writes met the full disk")
+    elif harm.has_to_write:
+        result.writes_refused = sum(map(rig.control.refused, shimmed(cell.victim))) - refused_before
+        result.notes.append(f"{result.writes_refused} writes met the full disk")
+    result.ledger = rig.ledger()
+    result.misses += _not_shown(result, cell, load, scene)
     result.ran = True
     result.seconds = time.monotonic() - started
     return result
+
+
+def _not_shown(result: Result, cell: Cell, load: Load, scene: Scene) -> Iterator[str]:
+    if cell.harm.has_to_write and not result.writes_refused:
+        yield "no write met the full disk"
+    if cell.harm.must_fence:
+        late = sum(pid in scene.stopped and at > scene.continued_at for pid, at in load.handled)
+        if late or not result.life.get("fenced"):
+            yield f"the process that was stopped was not fenced, and handled {late} messages under its old name"
+    if "past liveness" in cell.harm.name and cell.victim != "broker" and not result.life.get("silent"):
+        yield "the broker did not give up the process that was stopped"
+    if result.ledger is None:
+        yield "no ledger: the broker does not answer"
+    elif not result.ledger["balanced"] or result.ledger["dropped_messages"]:
+        yield f"the ledger does not close, or tells of drops: {result.ledger}"
 
 
 def _pids_to_be_replaced(cell: Cell, rig: Rig) -> dict[str, int]:
@@ -201,16 +231,16 @@ def work(rig: Rig, load: Load, is_over: Callable[[], bool], seconds: float) -> N
         time.sleep(TICK_SECONDS)
 
 
-def _mqtt_outages(load: Load, deaths: list[float]) -> list[float]:
+def _mqtt_outages(deaths: list[float], sessions_lost: list[float], subscriptions: list[float]) -> list[float]:
     """Until when an MQTT broker that died at each of `deaths` is to answer for what it acknowledged.
 
-    For the moment of the death itself; and where it came back without eventbus's session, until that had
-    subscribed again: until then it acknowledges what it then gives to nobody.
+    For the moment of the death itself; and where it came back without the session of the one it was for, until that
+    had subscribed again: until then it acknowledges what it then gives to nobody.
     """
     ends = []
     for death in deaths:
-        lost = next((at for at in load.sessions_lost if at > death), None)
-        subscribed = next((at for at in load.subscribed if lost is not None and at > lost), None)
+        lost = next((at for at in sessions_lost if at >= death), None)
+        subscribed = next((at for at in subscriptions if lost is not None and at > lost), None)
         ends.append(death if subscribed is None else subscribed)
     return ends
 
@@ -227,21 +257,28 @@ def _count(result: Result, rig: Rig, load: Load, harm_at: float, over_at: float,
     through_edge = (load.uploads, load.answers, load.made)
     stored = find_stored(rig) if any(flow.missing() for flow in through_edge) else set()
     for name, flow in flows.items():
-        through_mqtt = name in ("uploads", "answers")
+        from_device = name in ("uploads", "answers")
+        outages: list[float] = []
+        if from_device:
+            outages = _mqtt_outages(deaths, load.sessions_lost, load.subscribed)
+        elif name == "commands":
+            outages = _mqtt_outages(deaths, deaths, load.device_subscribed)
         result.flows[name] = flow.counts(
             harm_at=harm_at,
             over_at=over_at,
             window_seconds=WINDOW_SECONDS,
             stored=stored,
-            node_has=load.node_has if through_mqtt else None,
-            mqtt_lost_until=_mqtt_outages(load, deaths) if through_mqtt else (),
+            node_has=load.node_has if from_device else None,
+            mqtt_has=load.mqtt_has if name == "commands" else None,
+            mqtt_lost_until=outages,
+            cuts=load.cuts if name == "commands" else (),
         )
         examples = [key for key in flow.missing() if key not in stored][:5]
-        if examples:
+        if examples and (result.flows[name].lost or result.flows[name].lost_by_mqtt):
             result.notes.append(f"{name} missing: {' '.join(examples)}")
         if flow.damaged:
             result.notes.append(f"{name}: {flow.damaged} arrived damaged")
-    result.commands_lost_in_flight = max(0, load.asks - load.asks_that_came)
+    result.unanswered = len(load.asked)
     result.refused = dict(load.refusals)
 
 
@@ -274,13 +311,13 @@ def measure_capacity(rig: Rig, load: Load, seconds: float) -> tuple[float, float
 
     def flood() -> bool:
         now = time.monotonic()
-        up, down = load.uploads, load.commands
+        up = load.uploads
         for _ in range(max(0, 800 - (len(up.sent_at) - len(up.came_at)))):
             load.publish_one(now)
         fresh = max(0, 200 - len(load.asked))
         if fresh:
             load._ask([load.next_command(now) for _ in range(fresh)], [], now)
-        counted.append((now, len(up.came_at), len(down.came_at)))
+        counted.append((now, len(up.came_at), load.answered))
         return False
 
     work(rig, load, flood, seconds)
@@ -306,7 +343,14 @@ def as_json(result: Result, ratio: float | None, p99_ms: float | None) -> dict[s
         "stored": total.stored,
         "lost": total.lost,
         "lost_by_mqtt_broker": total.lost_by_mqtt,
-        "commands_lost_in_flight": result.commands_lost_in_flight,
+        "commands_lost_in_flight": total.cut,
+        "commands_unanswered": result.unanswered,
+        "settled": result.is_settled,
+        "ledger_balanced": None if result.ledger is None else result.ledger["balanced"],
+        "dropped": None if result.ledger is None else result.ledger["dropped_messages"],
+        "given_up_by_broker": result.life.get("silent", 0),
+        "fenced": result.life.get("fenced", 0),
+        "writes_refused": result.writes_refused,
         "duplicated": total.duplicated,
         "duplicated_marked": total.duplicated_marked,
         "duplicated_in_window": total.duplicated_in_window,
@@ -318,6 +362,7 @@ def as_json(result: Result, ratio: float | None, p99_ms: float | None) -> dict[s
         "unrelated_failed": result.pair_failed,
         "refused": result.refused,
         "flows": {name: asdict(counts) for name, counts in result.flows.items()},
+        "misses": result.misses,
         "notes": result.notes,
         "seconds": round(result.seconds, 1),
     }

@@ -51,6 +51,24 @@ def test_what_a_new_mqtt_broker_accepted_after_the_death_is_the_nodes() -> None:
     assert counts(flow_of("a", sent_at=15.0), node_has=set(), mqtt_lost_until=[10.0]).lost == 1
 
 
+def test_a_command_that_was_on_its_way_at_a_cut_has_a_column_of_its_own() -> None:
+    flow = flow_of("before", sent_at=9.5)
+    flow.send("after", 15.0)
+    flow.accept("after", 15.0)
+    found = counts(flow, cuts=[4.0, 10.0])
+    assert (found.cut, found.lost) == (1, 1)
+
+
+def test_without_a_cut_a_command_that_does_not_come_is_lost() -> None:
+    assert counts(flow_of("a"), cuts=[]).lost == 1
+    assert counts(flow_of("a"), cuts=[3.0]).lost == 1, "the cut was before it was sent"
+
+
+def test_a_killed_mqtt_broker_answers_for_commands_that_it_had_acknowledged() -> None:
+    found = counts(flow_of("a", "b"), mqtt_has={"a"}, mqtt_lost_until=[10.0])
+    assert (found.lost, found.lost_by_mqtt) == (1, 1)
+
+
 def test_a_repetition_with_the_same_id_is_marked() -> None:
     flow = flow_of("a")
     flow.arrive("a", 9.0, message_id="1")

@@ -52,6 +52,10 @@ def test_nothing_is_lost_and_nothing_comes_twice_without_a_reason(document: dict
     assert cell["ran"], cell
     assert cell["lost"] == 0, cell
     assert cell["duplicated_unexplained"] == 0, cell
+    assert cell["settled"], cell
+    assert cell["ledger_balanced"], cell
+    assert cell["dropped"] == 0, cell
+    assert cell["misses"] == [], cell
     assert cell["recovery_s"] is not None, cell
     assert min(cell["flows"][flow]["arrived"] for flow in ("uploads", "commands")) >= 100, cell
 
