@@ -50,9 +50,10 @@ def read_outbox(path: Path) -> OutboxLedger | None:
         return None
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=_BUSY_SECONDS)) as db:
+            db.text_factory = lambda raw: raw.decode("utf-8", "replace")
             db.execute("BEGIN")  # one moment for all that is read
             return OutboxLedger(_dropped(db), _examples(db), [_stored(db, name) for name in CLASSES])
-    except sqlite3.Error as fault:
+    except (sqlite3.Error, TypeError, ValueError, OverflowError) as fault:  # SQLite holds any type in any column
         raise UnreadableOutbox(f"{path}: {fault}") from fault
 
 
@@ -69,7 +70,7 @@ def _examples(db: sqlite3.Connection) -> list[dict[str, Any]]:
             "reason": reason,
             "class": kind,
             "sender": sender,
-            "head": bytes(head).decode("utf-8", "replace"),
+            "head": memoryview(head).tobytes().decode("utf-8", "replace"),
         }
         for at_ms, reason, kind, sender, head in found
     ]

@@ -18,15 +18,16 @@ import os
 import sqlite3
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Concatenate, Final, NamedTuple, ParamSpec, TypeVar
 
 log = logging.getLogger("modules.edgehub.store")
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 SCHEMA: Final = 2
 "PRAGMA user_version. A later schema only adds, so that an earlier version can read it. 2 added `parked`."
@@ -63,6 +64,13 @@ CREATE UNIQUE INDEX IF NOT EXISTS parked_key ON parked (owner, key);
 CREATE INDEX IF NOT EXISTS parked_size ON parked (owner, size);
 CREATE TABLE IF NOT EXISTS owner (name TEXT PRIMARY KEY) WITHOUT ROWID;
 """
+_COLUMNS: Final = {
+    **dict.fromkeys(CLASSES, "row, born, size, sender, payload"),
+    "dropped": "reason, class, messages, bytes",
+    "example": "number, at_ms, reason, class, sender, head",
+    "parked": "number, owner, key, is_new, size, payload",
+    "owner": "name",
+}
 _HEAD_BYTES: Final = 512
 
 
@@ -115,6 +123,29 @@ class Parked(NamedTuple):
     payload: bytes
 
 
+@contextlib.contextmanager
+def _damage() -> Iterator[None]:
+    """Turn what a value that we never wrote does to us into sqlite3.DatabaseError.
+
+    SQLite holds any type in any column, and finds changed bytes only where they are in its own structures.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, OverflowError) as fault:
+        raise sqlite3.DatabaseError(f"a value that was never written: {fault}") from fault
+
+
+def _reads(method: Callable[Concatenate[OutboxFile, P], T]) -> Callable[Concatenate[OutboxFile, P], T]:
+    """For a method that computes with what the file holds."""
+
+    @wraps(method)
+    def reading(self: OutboxFile, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with _damage():
+            return method(self, *args, **kwargs)
+
+    return reading
+
+
 class OutboxFile:
     """The file. Every method is one transaction, or part of the one that `begin` opened.
 
@@ -129,9 +160,17 @@ class OutboxFile:
         """
         self._path = path
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=BUSY_SECONDS)
+        # Text with changed bytes would be an OperationalError, which is tried again; it is only ever shown.
+        self._db.text_factory = lambda raw: raw.decode("utf-8", "replace")
         os.chmod(path, 0o600)
         try:
-            self._prepare(boot_id, now)
+            with _damage():
+                self._prepare(boot_id, now)
+        except sqlite3.OperationalError as fault:
+            self._db.close()
+            if getattr(fault, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR:  # no such table, no such column
+                raise sqlite3.DatabaseError(str(fault)) from fault
+            raise
         except BaseException:
             self._db.close()
             raise
@@ -159,6 +198,9 @@ class OutboxFile:
         # Quick, and it finds the torn pages that a power loss on a lying disk leaves in the b-trees' upper levels.
         for name in CLASSES:
             run(f"SELECT min(row), max(row) FROM {name}").fetchone()
+        # The same for tables and columns that are gone.
+        for table, columns in _COLUMNS.items():
+            run(f"SELECT {columns} FROM {table} LIMIT 0").fetchone()
         known = run("SELECT value FROM meta WHERE key = 'boot'").fetchone()
         if known is None or known[0] != boot_id:
             with self.transaction():
@@ -172,7 +214,7 @@ class OutboxFile:
         self._reborn: list[tuple[int, float]] = []
         for name in CLASSES:
             value = run("SELECT value FROM meta WHERE key = ?", (f"reborn.{name}",)).fetchone()
-            last, born = value[0].split() if value else ("0", "0")
+            last, born = str(value[0]).split() if value else ("0", "0")
             self._reborn.append((int(last), float(born)))
 
     @contextlib.contextmanager
@@ -193,6 +235,7 @@ class OutboxFile:
     def close(self) -> None:
         self._db.close()
 
+    @_reads
     def extent(self, kind: int) -> Extent:
         """What one class holds; does not depend on how much it is, for rows are numbered without gaps."""
         # Two look-ups: SQLite finds min and max by the key only when they are asked for one by one.
@@ -219,14 +262,14 @@ class OutboxFile:
             (f"{what}.{CLASSES[kind]}", count),
         )
 
+    @_reads
     def account(self, kind: int) -> Account:
         """What became of all rows that this file ever had, over every restart."""
         name = CLASSES[kind]
         extent = self.extent(kind)
         base = self._meta(f"base.{name}", 0)
-        return Account(
-            extent.last - base, self._meta(f"confirmed.{name}", 0), self._meta(f"dropped.{name}", 0), extent.messages
-        )
+        confirmed, dropped = (int(self._meta(f"{what}.{name}", 0)) for what in ("confirmed", "dropped"))
+        return Account(extent.last - base, confirmed, dropped, extent.messages)
 
     def add(self, kind: int, rows: Sequence[Row], now: float) -> None:
         if rows and not self._has_base[kind]:
@@ -238,6 +281,7 @@ class OutboxFile:
         )
         self._grow(kind, sum(len(row.payload) for row in rows))
 
+    @_reads
     def read(self, kind: int, after: int, *, max_messages: int, max_bytes: int) -> list[Row]:
         """The rows behind number `after`, at most so many; at least one when there is any."""
         rows: list[Row] = []
@@ -247,13 +291,16 @@ class OutboxFile:
             (after, max_messages),
         )
         for number, sender, payload in cursor:
-            size += len(payload)
+            if not isinstance(sender, str):
+                raise TypeError(f"row {number}: the sender is of type {type(sender).__name__}")
+            size += len(_blob(payload))
             if rows and size > max_bytes:
                 break
-            rows.append(Row(number, sender, bytes(payload)))
+            rows.append(Row(number, sender, _blob(payload)))
         cursor.close()
         return rows
 
+    @_reads
     def replace(self, kind: int, number: int, sender: str, payload: bytes, reason: str) -> bool:
         """Let a message take the place of the one in row `number`, which goes into the ledger. False: no such row."""
         table = CLASSES[kind]
@@ -268,6 +315,7 @@ class OutboxFile:
         self._grow(kind, len(payload) - old[0])
         return True
 
+    @_reads
     def delete(self, kind: int, upto: int) -> None:
         """The cloud has all up to row `upto`."""
         self._delete(kind, upto, "confirmed")
@@ -284,6 +332,7 @@ class OutboxFile:
             (f"top.{CLASSES[kind]}", upto),
         )
 
+    @_reads
     def drop(self, kind: int, upto: int, reason: str, at_ms: int) -> Dropped:
         """Drop accepted messages up to row `upto`, into the ledger."""
         table = CLASSES[kind]
@@ -322,6 +371,7 @@ class OutboxFile:
         self._db.execute("DELETE FROM example WHERE number <= (SELECT max(number) FROM example) - ?", (EXAMPLES,))
         self._note(kind, reason, 1, len(payload))
 
+    @_reads
     def last_older_than(self, kind: int, seconds: float, now: float) -> int | None:
         """Number of the last row that is older than `seconds`, or None. Rows are in the order of their ages."""
         found = None
@@ -343,6 +393,7 @@ class OutboxFile:
     def _none_before(self, kind: int, row: int) -> bool:
         return self._db.execute(f"SELECT 1 FROM {CLASSES[kind]} WHERE row < ? LIMIT 1", (row,)).fetchone() is None
 
+    @_reads
     def upto_bytes(self, kind: int, size: int) -> int | None:
         """Number of the row up to which the oldest rows make up at least `size` bytes, or None when there are none."""
         total = 0
@@ -358,6 +409,7 @@ class OutboxFile:
 
     # --- parked objects ------------------------------------------------------------------------------
 
+    @_reads
     def park(
         self,
         owner: str,
@@ -393,21 +445,24 @@ class OutboxFile:
         )
         return True
 
+    @_reads
     def first_parked(self, owner: str) -> Parked | None:
         row = self._db.execute(
             "SELECT number, owner, payload FROM parked WHERE owner = ? ORDER BY number LIMIT 1", (owner,)
         ).fetchone()
-        return None if row is None else Parked(row[0], row[1], bytes(row[2]))
+        return None if row is None else Parked(row[0], row[1], _blob(row[2]))
 
     def unpark(self, number: int) -> None:
         """Its owner has handled it. Numbers are never used again: a newer version of the object stays."""
         self._db.execute("DELETE FROM parked WHERE number = ?", (number,))
 
+    @_reads
     def parked(self) -> dict[str, tuple[int, int]]:
         """By owner: how many objects, how many bytes."""
         rows = self._db.execute("SELECT owner, count(*), sum(size) FROM parked GROUP BY owner")
-        return {owner: (messages, size) for owner, messages, size in rows}
+        return {owner: (messages, int(size)) for owner, messages, size in rows}
 
+    @_reads
     def parked_of(self) -> tuple[int, int]:
         messages, size = self._db.execute("SELECT count(*), total(size) FROM parked").fetchone()
         return messages, int(size)
@@ -420,6 +475,7 @@ class OutboxFile:
     def is_known_owner(self, owner: str) -> bool:
         return self._db.execute("SELECT 1 FROM owner WHERE name = ?", (owner,)).fetchone() is not None
 
+    @_reads
     def known_owners(self) -> set[str]:
         return {name for (name,) in self._db.execute("SELECT name FROM owner")}
 
@@ -433,6 +489,7 @@ class OutboxFile:
 
     # --- the ledger ------------------------------------------------------------------------------------
 
+    @_reads
     def ledger(self) -> dict[str, Any]:
         """What was dropped after acceptance: counts for ever, the last examples."""
         return read_ledger(self._db)
@@ -451,13 +508,20 @@ def read_ledger(db: sqlite3.Connection) -> dict[str, Any]:
                 "reason": reason,
                 "class": kind,
                 "sender": sender,
-                "head": bytes(head).decode("utf-8", "replace"),
+                "head": _blob(head).decode("utf-8", "replace"),
             }
             for at_ms, reason, kind, sender, head in db.execute(
                 "SELECT at_ms, reason, class, sender, head FROM example ORDER BY number DESC"
             )
         ],
     }
+
+
+def _blob(value: object) -> bytes:
+    """A BLOB; TypeError for what SQLite else may hold there (`bytes` of a number would be so many zeros)."""
+    if not isinstance(value, bytes):
+        raise TypeError(f"a blob is of type {type(value).__name__}")
+    return value
 
 
 def set_aside(path: Path) -> Path:
@@ -549,8 +613,13 @@ class Store:
         return file
 
     def extents(self) -> list[Extent]:
-        """What the file holds, per class. Before `start` only."""
+        """What the file holds, per class. Before `start` only.
+
+        Looks at all that is asked for before `start`: a file that is damaged there is begun anew here.
+        """
         try:
+            self.parked()
+            self.accounts()
             return [self._file.extent(kind) for kind in range(len(CLASSES))]
         except sqlite3.OperationalError:
             raise
