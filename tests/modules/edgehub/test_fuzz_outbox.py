@@ -117,7 +117,7 @@ def test_a_value_that_was_never_written_is_damage_and_the_node_starts_with_a_new
         lambda done: store.read(DATA, 0, lambda rows: done()),
         lambda done: store.do(lambda file: file.first_parked("twin"), lambda parked: done()),
         lambda done: store.do(park, lambda is_parked: done()),
-        lambda done: (store.drop_bytes(DATA, 5, "full", lambda *what: None), done()),
+        lambda done: (store.drop_bytes(DATA, 1, "full", lambda *what: None), done()),
         lambda done: (store.drop_older(DATA, 0.5, "age", lambda *what: None), done()),
     ):
         answered: list[int] = []
