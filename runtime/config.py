@@ -274,6 +274,8 @@ class EdgeHubExtras(Section, frozen=True):
     "While another endpoint serves, the first is looked for this often, and returned to in a quiet moment. 0: never."
     failback_seconds: Annotated[float, Meta(ge=0, le=86_400)] = 300.0
     "While another endpoint serves, the first is looked for this often, and returned to in a quiet moment. 0: never."
+    hub_version: Literal["1.17", "1.16", "2019"] = "1.17"
+    "How old CloudHub is: 1.17 and later, before it, or the tree of 2019."
     server_name: str = ""
     "The name that CloudHub's certificate must have; empty: the host of the address."
     proxy: str = ""

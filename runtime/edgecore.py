@@ -78,7 +78,7 @@ def from_edgecore(document: object, *, directory: Path | None = None) -> tuple[N
     _check(config)
     if directory is not None:
         config = _with_absolute_paths(config, directory)
-    return config, list(_warnings(top, modules, edged))
+    return config, [*_warnings(top, modules, edged), *_mixed(config)]
 
 
 def _check(config: NodeConfig) -> None:
@@ -175,6 +175,16 @@ def _warnings(top: Mapping[str, Any], modules: Mapping[str, Any], edged: Mapping
         yield f"not run by edgezmq, and ignored: {', '.join(idle)}"
     if not edged.get("hostnameOverride"):
         yield f"modules.edged.hostnameOverride is not set: the node is called {default_node_name()!r}"
+
+
+def _mixed(config: NodeConfig) -> Iterator[str]:
+    """An upload is an operation `response` in 2019, and for a CloudHub of today a `response` is an ACK."""
+    version, semantics = config.runtime.edgehub.hub_version, config.runtime.eventbus.semantics
+    if config.event_bus.enable and config.edge_hub.enable and (version == "2019") != (semantics == "2019"):
+        yield (
+            f"runtime.eventbus.semantics is {semantics} and runtime.edgehub.hubVersion is {version}: "
+            "uploads of MQTT messages are then lost in the cloud"
+        )
 
 
 def _is_wanted(key: str, section: object) -> bool:

@@ -15,6 +15,7 @@ import pytest
 
 from cloudsim.certificates import Authority
 from modules.edgehub.config import EdgeHubConfig, Endpoint
+from modules.edgehub.dialect import CURRENT
 from modules.edgehub.dispatch import destination
 from modules.edgehub.governor import Pace, Ramp
 from modules.edgehub.link import LinkRefused
@@ -513,8 +514,8 @@ def test_D_E_17_an_answer_that_nobody_waits_for_is_an_ordinary_message_of_its_gr
     keeper: SyncKeeper[str] = SyncKeeper()
     assert keeper.answer("never asked") is None
     answer = Message(id="a", parent_id="never asked", source="edgecontroller", group="resource", operation="response")
-    assert destination(answer) == Group("meta")
-    keeper.register("q", "asker", b"", operation="query", seconds=1.0, now=0.0)
+    assert destination(answer, CURRENT) == Group("meta")
+    keeper.register("q", "asker", b"", operation="query", resource="r", seconds=1.0, now=0.0)
     keeper.expire(now=2.0)
     assert keeper.answer("q") is LATE, "counted, and acknowledged"
 
@@ -532,7 +533,7 @@ def test_D_E_18_downstream_keeps_its_order_and_a_full_module_holds_up_no_other()
 
 def test_D_E_19_a_question_is_registered_first_and_has_its_own_time() -> None:
     keeper: SyncKeeper[str] = SyncKeeper()
-    assert keeper.register("q", "asker", b"payload", operation="query", seconds=42.0, now=0.0)
+    assert keeper.register("q", "asker", b"payload", operation="query", resource="r", seconds=42.0, now=0.0)
     assert keeper.next_deadline() == 42.0
     question = keeper.answer("q")  # before anything was written
     assert isinstance(question, Question)

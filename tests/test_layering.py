@@ -55,6 +55,7 @@ EDGEHUB_CORES = (
     "cloud",
     "coalescing",
     "config",
+    "dialect",
     "dispatch",
     "frames",
     "governor",

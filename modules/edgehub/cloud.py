@@ -12,6 +12,7 @@ from typing import Final
 import msgspec
 
 from modules.edgehub.config import EdgeHubConfig, Endpoint
+from modules.edgehub.dialect import Dialect
 from runtime.emp import Priority
 from runtime.errors import InvalidMessage
 from runtime.message import BYTES, JSON, OPERATION_ERROR, OPERATION_RESPONSE, TEXT, Kind, Message, to_cloud_json
@@ -27,8 +28,6 @@ SOURCE_OF_EVENTS: Final = "edgehub"
 CONNECTION_RESOURCE: Final = "node/connection"
 CONNECTED: Final = "cloud_connected"
 DISCONNECTED: Final = "cloud_disconnected"
-CONNECTION_GROUPS: Final = ("twin", "meta", "bus", "taskmanager")
-"Who hears of the connection state, in KubeEdge's order."
 
 
 def path(config: EdgeHubConfig) -> str:
@@ -66,13 +65,13 @@ def proves_session(message: Message) -> bool:
     return not (message.operation == OPERATION_RESPONSE and message.kind == TEXT and message.content == b"ack")
 
 
-def connection_event(group: str, *, is_connected: bool) -> Message:
+def connection_event(dialect: Dialect, group: str, *, is_connected: bool) -> Message:
     """KubeEdge's pubConnectInfo(true/false), for one group."""
     return Message.build(
         source=SOURCE_OF_EVENTS,
         group=group,
         resource=CONNECTION_RESOURCE,
-        operation="connect",
+        operation=dialect.connection_operation,
         content=CONNECTED if is_connected else DISCONNECTED,
     )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from modules.edgehub.coalescing import Coalescing
+from modules.edgehub.dialect import CURRENT, DIALECTS, Dialect
 from modules.edgehub.permission import Grant
 from runtime.errors import ConfigError
 from runtime.names import ADDRESS_PATTERN
@@ -84,6 +85,8 @@ class EdgeHubConfig:
     "For the answer to the k8s/ca.crt query; CloudHub takes about 1 ms for it."
     retry_cap_seconds: float = 60.0
     "The longest pause between two dials."
+    dialect: Dialect = CURRENT
+    "What this age of CloudHub knows, and what it calls things."
     failback_seconds: float = 300.0
     "While another endpoint serves, the first one is looked for this often, and returned to; 0: never."
     stable_seconds: float = 10.0
@@ -221,6 +224,7 @@ class EdgeHubConfig:
             greeting_seconds=extra.greeting_seconds,
             retry_cap_seconds=extra.retry_cap_seconds,
             failback_seconds=extra.failback_seconds,
+            dialect=DIALECTS[extra.hub_version],
             message_qps=float(hub.message_qps),
             message_burst=hub.message_burst,
             signal_qps=extra.signal_qps,

@@ -4,36 +4,19 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from enum import Enum
-from typing import Final
 
+from modules.edgehub.dialect import Dialect
 from runtime.message import Message
-from runtime.names import Group
-
-EVENTBUS: Final = "eventbus"
-SERVICEBUS: Final = "servicebus"
-
-_BY_GROUP: Final[dict[str, str]] = {
-    "resource": Group("meta"),
-    "func": Group("meta"),
-    "twin": Group("twin"),
-    "taskmanager": Group("taskmanager"),
-}
-_USER_BY_SOURCE: Final[dict[str, str]] = {
-    "router_eventbus": EVENTBUS,
-    "router_servicebus": SERVICEBUS,
-    "router_rest": SERVICEBUS,  # the 2019 cloud's name for it
-}
 
 
-def destination(message: Message) -> str | None:
+def destination(message: Message, dialect: Dialect) -> str | None:
     """The module or group that owns a message from the cloud; None: nobody here knows such messages.
 
-    KubeEdge's table (HEAD), `messagehandler`; a parent id plays no part: an answer that nobody waits for is an
-    ordinary message of its group (KubeEdge drops it).
+    A parent id plays no part: an answer that nobody waits for is an ordinary message of its group (KubeEdge drops it).
     """
-    if message.group == "user":
-        return _USER_BY_SOURCE.get(message.source)
-    return _BY_GROUP.get(message.group)
+    if message.group == "user" and dialect.owners_of_user is not None:
+        return dialect.owners_of_user.get(message.source)
+    return dialect.owners.get(message.group)
 
 
 class Seen(Enum):

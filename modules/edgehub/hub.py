@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import msgspec
+
 from modules.edgehub import cloud
 from modules.edgehub.coalescing import Coalescing
 from modules.edgehub.config import QUIC, EdgeHubConfig, Endpoint
@@ -59,7 +61,7 @@ from runtime import memory
 from runtime.backoff import Backoff
 from runtime.emp import DENIED, EXPIRED, FAILED, GONE, INVALID, OVERFLOW, TOO_LARGE, UNROUTABLE, Priority
 from runtime.errors import InvalidMessage, MalformedMessage, MessageTooLarge, NotHandled, Refused, UsageError
-from runtime.message import Deferral, Message, from_cloud_json
+from runtime.message import OPERATION_ERROR, Deferral, Message, from_cloud_json
 from runtime.module import Module
 from runtime.names import Group
 
@@ -219,6 +221,7 @@ class EdgeHub(Module):
             stable_seconds=config.stable_seconds,
             unproven_redial_seconds=config.unproven_redial_seconds,
             failback_seconds=config.failback_seconds,
+            is_answered=config.dialect.answers_greeting,
             keeps_unproven=config.protocol != QUIC,  # over it the same query is the barrier
             now=self._loop.time(),
         )
@@ -370,7 +373,8 @@ class EdgeHub(Module):
             self._down_since = self._loop.time()
         self._announcements.put_nowait(is_connected)
         if is_connected:
-            level = logging.WARNING if self._session.state is LinkState.UNPROVEN else logging.INFO
+            is_odd = self._session.state is LinkState.UNPROVEN and self._config.dialect.answers_greeting
+            level = logging.WARNING if is_odd else logging.INFO
             self._outbox.settle_places()
             self._ramp_up()
             log.log(level, "link up state=%s why=%s", self._session.state.value, self._session.why)
@@ -390,8 +394,9 @@ class EdgeHub(Module):
         """KubeEdge's pubConnectInfo(true/false): retained, so that late and restarted modules know it too."""
         while True:
             is_connected = await self._announcements.get()
-            for group in cloud.CONNECTION_GROUPS:
-                event = cloud.connection_event(group, is_connected=is_connected)
+            dialect = self._config.dialect
+            for group in dialect.connection_groups:
+                event = cloud.connection_event(dialect, group, is_connected=is_connected)
                 await self.bus.retain(Group(group), cloud.CONNECTION_RESOURCE, event, priority=Priority.SIGNAL)
 
     # --- up: routeToCloud ------------------------------------------------------------------------------
@@ -735,7 +740,13 @@ class EdgeHub(Module):
         asked = _Asked(message, message.defer())
         # Registered before it is written: no answer can be too fast.
         is_registered = self._keeper.register(
-            message.id, asked, payload, operation=message.operation, seconds=seconds, now=self._loop.time()
+            message.id,
+            asked,
+            payload,
+            operation=message.operation,
+            resource=message.resource,
+            seconds=seconds,
+            now=self._loop.time(),
         )
         if not is_registered:
             asked.refuse(OVERFLOW)
@@ -812,7 +823,13 @@ class EdgeHub(Module):
                 self._counts["answers_late"] += 1
                 self._finish_down(message)
                 return
-        owner = destination(message)
+        if message.operation == OPERATION_ERROR and not self._config.dialect.errors_name_the_question:
+            question = self._keeper.answer_about(message.resource)
+            if question is not None:
+                answer = msgspec.structs.replace(message, parent_id=question.id)
+                self.tasks.create_task(self._give_answer(question, answer), name="answer")
+                return
+        owner = destination(message, self._config.dialect)
         if owner is None:
             # CloudHub waits only for ACKs of group `resource`, which has an owner: nothing to acknowledge here.
             self._counts["unknown_group"] += 1
@@ -850,7 +867,7 @@ class EdgeHub(Module):
         )
 
     def _settled_down(self, message: Message, refusal: str | None) -> None:
-        owner, parking = destination(message), self._parking
+        owner, parking = destination(message, self._config.dialect), self._parking
         is_object = owner is not None and cloud.wants_ack(message)
         if refusal is None:
             self._counts["delivered"] += 1
@@ -946,6 +963,7 @@ class EdgeHub(Module):
             "endpoints": [str(endpoint) for endpoint in self._config.endpoints],
             "move_wanted": session.move_wanted,
             "protocol": self._config.protocol,
+            "hub_version": self._config.dialect.version,
             "since": time.time() - (now - session.since),
             "unproven": session.state is LinkState.UNPROVEN,
             "next_dial_seconds": None if session.dial_at is None else round(max(0.0, session.dial_at - now), 1),

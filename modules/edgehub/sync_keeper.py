@@ -25,6 +25,7 @@ class Question(Generic[T]):
     payload: bytes
     "As it was written, to ask again."
     is_repeatable: bool
+    resource: str
     due: float
 
 
@@ -49,12 +50,12 @@ class SyncKeeper(Generic[T]):
         return len(self._open)
 
     def register(
-        self, message_id: str, token: T, payload: bytes, *, operation: str, seconds: float, now: float
+        self, message_id: str, token: T, payload: bytes, *, operation: str, resource: str, seconds: float, now: float
     ) -> bool:
         """Wait for the answer to `message_id`. False: too many are open, or this id already is."""
         if len(self._open) >= self._capacity or message_id in self._open or not message_id:
             return False
-        question = Question(message_id, token, payload, operation in ASKED_AGAIN, now + seconds)
+        question = Question(message_id, token, payload, operation in ASKED_AGAIN, resource, now + seconds)
         self._open[message_id] = question
         heapq.heappush(self._due, (question.due, message_id))
         return True
@@ -65,6 +66,11 @@ class SyncKeeper(Generic[T]):
         if question is not None:
             return question
         return LATE if parent_id in self._expired else None
+
+    def answer_about(self, resource: str) -> Question[T] | None:
+        """Who asked about `resource`, where one alone did; for replies that do not say which question they answer."""
+        found = [question for question in self._open.values() if question.resource == resource]
+        return self._open.pop(found[0].id) if len(found) == 1 else None
 
     def is_open(self, message_id: str) -> bool:
         return message_id in self._open

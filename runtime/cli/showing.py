@@ -212,9 +212,9 @@ def _link_problems(link: dict[str, Any] | None) -> list[str]:
         return []
     problems = []
     state = link.get("state")
-    if state == "unproven":
+    if state == "unproven" and link.get("hub_version", "1.17") == "1.17":
         problems.append("the link is unproven: CloudHub is older than 1.17, or has rejected this node")
-    elif state not in ("served", "open", None):
+    elif state not in ("served", "unproven", "open", None):
         why = link.get("why") or link.get("reason")
         problems.append(f"no link to the cloud: {state}" + (f" ({why})" if why else ""))
     if link.get("rate_limited") or link.get("bottleneck"):

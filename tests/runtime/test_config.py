@@ -105,6 +105,16 @@ def test_an_empty_file_is_a_node_with_the_hosts_name_and_says_so() -> None:
     assert warnings == [f"modules.edged.hostnameOverride is not set: the node is called {config.node_name!r}"]
 
 
+@pytest.mark.parametrize(("version", "semantics"), [("2019", "head"), ("1.17", "2019"), ("1.16", "2019")])
+def test_uploads_of_one_age_to_a_cloud_of_another_are_warned_of(version: str, semantics: str) -> None:
+    text = f"{{edgehub: {{hubVersion: '{version}'}}, eventbus: {{semantics: '{semantics}'}}}}"
+    _, warnings = read(f"{{modules: {{edged: {{hostnameOverride: e}}}}, runtime: {text}}}")
+    assert len(warnings) == 1
+    assert "uploads of MQTT messages are then lost in the cloud" in warnings[0]
+    _, warnings = read(f"modules: {{edged: {{hostnameOverride: e}}, eventBus: {{enable: false}}}}\nruntime: {text}")
+    assert warnings == []
+
+
 def test_relative_paths_are_taken_from_the_files_directory() -> None:
     config, _ = from_edgecore({"modules": {"edgeHub": {"tlsCaFile": "pki/ca.crt"}}}, directory=Path("/etc/node"))
     assert config.edge_hub.tls_ca_file == "/etc/node/pki/ca.crt"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from cloudsim.wire import Undecodable, decode, decode_as_go
 from modules.edgehub import cloud
 from modules.edgehub.config import EdgeHubConfig, Endpoint
+from modules.edgehub.dialect import CURRENT, TREE_2019
 from runtime.emp import Priority
 from runtime.errors import InvalidMessage
 from runtime.message import Message, from_cloud_json
@@ -63,7 +64,7 @@ def test_the_greeting_is_a_query_of_the_cluster_ca() -> None:
 
 
 def test_the_connection_event_is_kubeedges() -> None:
-    event = cloud.connection_event("twin", is_connected=False)
+    event = cloud.connection_event(CURRENT, "twin", is_connected=False)
     assert (event.source, event.group, event.resource, event.operation, event.text()) == (
         "edgehub",
         "twin",
@@ -71,7 +72,8 @@ def test_the_connection_event_is_kubeedges() -> None:
         "connect",
         "cloud_disconnected",
     )
-    assert cloud.connection_event("bus", is_connected=True).text() == "cloud_connected"
+    assert cloud.connection_event(CURRENT, "bus", is_connected=True).text() == "cloud_connected"
+    assert cloud.connection_event(TREE_2019, "bus", is_connected=True).operation == "publish"
 
 
 @pytest.mark.parametrize("vector", recorded("ws_session.json"), ids=lambda v: v["name"])

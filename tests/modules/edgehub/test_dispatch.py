@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from modules.edgehub.dialect import BEFORE_1_17, CURRENT, TREE_2019
 from modules.edgehub.dispatch import Received, Seen, destination
 from runtime.message import Message, from_cloud_json
 from runtime.names import Group
@@ -27,14 +28,31 @@ VECTORS = Path(__file__).parents[2] / "vectors" / "cloudlink"
     ],
 )
 def test_the_group_decides_and_for_user_the_source(group: str, source: str, owner: str | None) -> None:
-    assert destination(Message(group=group, source=source)) == owner
-    assert destination(Message(group=group, source=source, parent_id="p")) == owner
+    for dialect in (CURRENT, BEFORE_1_17):
+        assert destination(Message(group=group, source=source), dialect) == owner
+        assert destination(Message(group=group, source=source, parent_id="p"), dialect) == owner
+
+
+@pytest.mark.parametrize(
+    ("group", "source", "owner"),
+    [
+        ("resource", "edgecontroller", Group("meta")),
+        ("func", "edgecontroller", Group("meta")),
+        ("twin", "devicecontroller", Group("twin")),
+        ("user", "router_eventbus", Group("bus")),
+        ("user", "somebody", Group("bus")),
+        ("taskmanager", "taskmanager", None),
+        ("cloudhub", "resource", None),
+    ],
+)
+def test_in_2019_the_group_alone_decides(group: str, source: str, owner: str | None) -> None:
+    assert destination(Message(group=group, source=source), TREE_2019) == owner
 
 
 def test_every_recorded_downstream_message_has_an_owner() -> None:
     for vector in json.loads((VECTORS / "ws_session.json").read_text())["vectors"]:
         if vector["direction"] == "cloud->edge":
-            assert destination(from_cloud_json(vector["text"])) is not None, vector["name"]
+            assert destination(from_cloud_json(vector["text"]), CURRENT) is not None, vector["name"]
 
 
 def test_a_repeat_of_what_is_in_hand_or_done_is_known() -> None:

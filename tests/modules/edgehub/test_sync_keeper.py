@@ -2,9 +2,23 @@ from modules.edgehub.sync_keeper import LATE, Question, SyncKeeper
 
 
 def ask(
-    keeper: SyncKeeper[str], name: str, *, seconds: float = 60.0, operation: str = "query", now: float = 0.0
+    keeper: SyncKeeper[str],
+    name: str,
+    *,
+    seconds: float = 60.0,
+    operation: str = "query",
+    resource: str = "r",
+    now: float = 0.0,
 ) -> bool:
-    return keeper.register(name, f"asker of {name}", name.encode(), operation=operation, seconds=seconds, now=now)
+    return keeper.register(
+        name,
+        f"asker of {name}",
+        name.encode(),
+        operation=operation,
+        resource=resource,
+        seconds=seconds,
+        now=now,
+    )
 
 
 def test_the_answer_goes_to_who_asked_and_only_once() -> None:
@@ -20,6 +34,19 @@ def test_the_answer_goes_to_who_asked_and_only_once() -> None:
 def test_an_answer_to_nobody_is_an_ordinary_message() -> None:
     keeper: SyncKeeper[str] = SyncKeeper()
     assert keeper.answer("unknown") is None
+
+
+def test_a_reply_that_names_no_question_is_of_the_only_one_about_its_resource() -> None:
+    keeper: SyncKeeper[str] = SyncKeeper()
+    ask(keeper, "a", resource="one")
+    ask(keeper, "b", resource="two")
+    ask(keeper, "c", resource="two")
+    question = keeper.answer_about("one")
+    assert question is not None
+    assert question.token == "asker of a"
+    assert keeper.answer_about("one") is None
+    assert keeper.answer_about("two") is None, "it could be either"
+    assert len(keeper) == 2
 
 
 def test_each_question_has_its_own_time_and_its_answer_is_late_after_it() -> None:
