@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hub_version=HubVersion(options.hub_version),
         edgecontroller=options.edgecontroller,
         replacement_race=options.replacement_race,
+        upstream_inversion=options.upstream_inversion,
         seed=options.seed,
         receive_buffer_bytes=options.receive_buffer,
     )
@@ -143,6 +144,7 @@ def _serve_parser() -> argparse.ArgumentParser:
     add("--hub-version", choices=[version.value for version in HubVersion], default=HubVersion.CURRENT.value)
     add("--edgecontroller", action="store_true", help="answer queries and status updates of nodes")
     add("--replacement-race", type=float, default=0.04, help="chance that a reconnect is dropped with the old one")
+    add("--upstream-inversion", type=float, default=0.046, help="chance that a controller's message is overtaken")
     add("--seed", type=int, default=None, help="for the chances above")
     add("--receive-buffer", type=int, default=None, metavar="BYTES", help="SO_RCVBUF of node connections")
     add("--log-level", choices=_LOG_LEVELS, default="warning")

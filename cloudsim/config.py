@@ -49,6 +49,8 @@ class SimConfig:
     hub_version: HubVersion = HubVersion.CURRENT
     replacement_race: float = 0.04
     "See HubRules."
+    upstream_inversion: float = 0.046
+    "Probability that a message for edgecontroller or devicecontroller is overtaken by the next (measured: 92 of 2000)."
     seed: int | None = None
     "Of the hub's chances; None: a random one."
     max_message_bytes: int = 128 * 2**20

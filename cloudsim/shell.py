@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
-from typing import Protocol, assert_never
+from typing import Final, Protocol, assert_never
 
 from cloudsim.edgecontroller import EdgeController
 from cloudsim.faults import LASTING, Fault
@@ -14,6 +15,9 @@ from cloudsim.recorder import Recorder
 from cloudsim.wire import CloudMessage, Codec, Undecodable
 
 log = logging.getLogger("cloudsim")
+
+_UNORDERED_MODULES: Final = frozenset({"edgecontroller", "devicecontroller"})
+"CloudHub hands each of their messages over in a goroutine of its own."
 
 
 class Wire(Protocol):
@@ -35,8 +39,19 @@ class Wire(Protocol):
 class HubShell:
     """Owns the core, the clock, the recorder and the connections."""
 
-    def __init__(self, hub: Hub, recorder: Recorder, edgecontroller: EdgeController | None = None) -> None:
+    def __init__(
+        self,
+        hub: Hub,
+        recorder: Recorder,
+        edgecontroller: EdgeController | None = None,
+        *,
+        inversion: float = 0.0,
+        chance: random.Random | None = None,
+    ) -> None:
         self.hub = hub
+        self._inversion = inversion
+        self._chance = chance or random.Random()
+        self._overtaken: tuple[Forward, bytes, Codec] | None = None
         self.edgecontroller = edgecontroller
         self.recorder = recorder
         self.lasting: list[Fault] = []
@@ -99,17 +114,32 @@ class HubShell:
         if self._drop_at and self._must_drop(number, message, payload):
             return False
         for action in self.hub.receive(number, message, now=time.monotonic()):
-            if type(action) is Forward:
-                self.recorder.message(action.node, action.module, action.message, payload, self._wall, codec)
-                if self.edgecontroller is not None and action.module == "edgecontroller":
-                    for answer in self.edgecontroller.receive(action.node, action.message):
-                        self.send(action.node, answer)
-            else:
+            if type(action) is not Forward:
                 self.perform([action])
+            elif not self._inversion or action.module not in _UNORDERED_MODULES:
+                self._hand_over(action, payload, codec)
+            elif self._overtaken is None and self._chance.random() < self._inversion:
+                self._overtaken = action, payload, codec
+            else:
+                self._hand_over(action, payload, codec)
+                self._let_overtaken_go()
         return number in self._wires
+
+    def _hand_over(self, action: Forward, payload: bytes, codec: Codec) -> None:
+        """A cloud module gets a node's message."""
+        self.recorder.message(action.node, action.module, action.message, payload, self._wall, codec)
+        if self.edgecontroller is not None and action.module == "edgecontroller":
+            for answer in self.edgecontroller.receive(action.node, action.message):
+                self.send(action.node, answer)
+
+    def _let_overtaken_go(self) -> None:
+        if self._overtaken is not None:
+            overtaken, self._overtaken = self._overtaken, None
+            self._hand_over(*overtaken)
 
     def settle(self) -> None:
         """After a batch: wake who waits for events, arm the timer, take the time for the next batch."""
+        self._let_overtaken_go()
         self._wall = time.time()
         if self._changed:
             waiting, self._changed = self._changed, []

@@ -55,7 +55,13 @@ class CloudSim:
             cluster_ca=self.authority.ca.certificate.read_text(),
         )
         self.edgecontroller = EdgeController() if config.edgecontroller else None
-        self.shell = HubShell(self.hub, self.recorder, self.edgecontroller)
+        self.shell = HubShell(
+            self.hub,
+            self.recorder,
+            self.edgecontroller,
+            inversion=config.upstream_inversion,
+            chance=random.Random(config.seed),
+        )
         self._listener = Listener(
             self.shell,
             tls.server_context(server, self.authority.ca),

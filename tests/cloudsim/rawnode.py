@@ -166,8 +166,9 @@ def upgrade_text(headers: Mapping[str, str], path: str = "/p/n/events") -> str:
 
 @asynccontextmanager
 async def cloud(directory: Path, **settings: Any) -> AsyncIterator[CloudSim]:
-    """A cloudsim without control port and without the race on replacement."""
-    config = SimConfig(directory=directory, **({"control_port": None, "replacement_race": 0.0} | settings))
+    """A cloudsim without control port and without its chances."""
+    certain = {"control_port": None, "replacement_race": 0.0, "upstream_inversion": 0.0}
+    config = SimConfig(directory=directory, **(certain | settings))
     async with CloudSim(config) as sim:
         yield sim
 
@@ -187,3 +188,15 @@ async def served(sim: CloudSim, node: str = "edge-a") -> AsyncIterator[RawNode]:
     """A node that has a session."""
     async with raw(sim, node) as connection:
         yield await connection.upgrade(node)
+
+
+async def tls_failure(sim: CloudSim, context: ssl.SSLContext) -> str:
+    """Why the server ends it: at the handshake (1.2) or at the first read (1.3)."""
+    try:
+        node = await RawNode.connect(sim, context)
+        await node.send(upgrade_text({"node_id": "edge-a", "connectionuse": "msg"}).encode())
+        data = await node.reader.read(100)
+    except ssl.SSLError as error:
+        return str(error.reason)
+    await node.aclose()
+    return data.decode()

@@ -1,24 +1,19 @@
-"""The double on real sockets, against what was recorded and measured on a real CloudHub."""
+"""The double's websocket on real sockets. What a real CloudHub was recorded doing: test_vectors.py."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import datetime
-import hashlib
-import json
 import ssl
 import time
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
-from cloudsim import CloudMessage, CloudSim, Fault, Header, Route
+from cloudsim import Fault
 from cloudsim.certificates import Authority
 from cloudsim.recorder import Happened
-from cloudsim.wire import encode
 from tests.cloudsim.rawnode import (
     RawNode,
     client_context,
@@ -27,163 +22,13 @@ from tests.cloudsim.rawnode import (
     message,
     raw,
     served,
+    tls_failure,
     upgrade_text,
-    vectors,
 )
 from tests.support.aio import run, until
 from tests.support.deadline import DEADLINE
 
 KEEPALIVE = frame(1, message("keepalive", "node", source="websocket", group="resource"))
-
-
-def seen(sim: CloudSim, node: str = "edge-a") -> list[tuple[str, dict[str, Any]]]:
-    """What the cloud modules got from a node, as a test compares it: module and message."""
-    found = []
-    for received in sim.messages(node=node):
-        if not received.from_hub:
-            found.append((received.module, json.loads(received.line())["message"]))
-    return found
-
-
-# --- the golden vectors ---------------------------------------------------------------------------
-
-
-def test_the_recorded_request_gets_the_recorded_response(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        request, response = vectors("ws_handshake")
-        async with cloud(tmp_path) as sim, raw(sim, "edge-a") as node:
-            assert await node.request(request["raw_text"]) == response["raw_text"]
-            assert sim.is_served("edge-a")
-
-    run(scenario())
-
-
-def in_words(final: bool, opcode: int, payload: bytes) -> str:
-    """A frame as the vectors tell it."""
-    if opcode == 1:
-        return f"text fin={int(final)} len={len(payload)} {payload.decode()}"
-    name = {8: "close", 10: "pong"}[opcode]
-    return f"{name} fin={int(final)} len={len(payload)} {payload.hex()}"
-
-
-@pytest.mark.parametrize("vector", vectors("ws_anomalies"), ids=lambda vector: vector["name"])
-def test_odd_input_has_the_measured_effect(tmp_path: Path, vector: dict[str, Any]) -> None:
-    async def scenario() -> None:
-        async with cloud(tmp_path) as sim, served(sim) as node:
-            await node.send(KEEPALIVE, bytes.fromhex(vector["sent_frames_hex"]))
-            for reaction in vector["decoded"]["hub_reaction"]:
-                if reaction.startswith("TCP EOF"):
-                    assert await node.ends()
-                elif reaction.startswith("nothing"):
-                    await node.barrier()
-                elif reaction.startswith("text"):
-                    answer, expected = await node.message(), json.loads(reaction.split(" ", 3)[3])
-                    for volatile in ("msg_id", "timestamp"):
-                        answer["header"].pop(volatile)
-                        expected["header"].pop(volatile)
-                    if expected["route"]["resource"] == "k8s/ca.crt":  # each cloud has its own
-                        assert answer.pop("content").startswith("-----BEGIN CERTIFICATE-----\n")
-                        expected.pop("content")
-                    assert answer == expected
-                else:
-                    assert in_words(*await node.frame()) == reaction
-            expected_forwards = [
-                (item["to"], {key: item[key] for key in ("header", "route", "content")})
-                for item in vector["decoded"]["forwarded_to_cloud_modules"]
-            ]
-            assert seen(sim) == expected_forwards
-
-    run(scenario())
-
-
-@pytest.mark.parametrize(
-    "vector",
-    [vector for vector in vectors("ws_upstream_forwarding") if vector["raw_text"]],
-    ids=lambda vector: vector["name"],
-)
-def test_recorded_messages_reach_the_recorded_module(tmp_path: Path, vector: dict[str, Any]) -> None:
-    async def scenario() -> None:
-        async with cloud(tmp_path) as sim, served(sim) as node:
-            await node.send(frame(1, vector["raw_text"].encode()))
-            await node.barrier()
-            assert seen(sim) == [(vector["decoded"]["forwarded_to"], vector["decoded"]["message"])]
-
-    run(scenario())
-
-
-def test_edgecontroller_hears_of_a_lost_node_in_the_recorded_form(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        (expected,) = [v["decoded"] for v in vectors("ws_upstream_forwarding") if v["name"] == "hub_event_disconnected"]
-        async with cloud(tmp_path) as sim:
-            async with served(sim):
-                pass
-            await until(lambda: not sim.is_served("edge-a"), "the end of the session")
-            event = [received for received in sim.messages() if received.from_hub][-1]
-            assert event.module == expected["forwarded_to"]
-            assert msgspec.to_builtins(event.route) == expected["message"]["route"]
-            found, wanted = (
-                json.loads(base64.b64decode(text)) for text in (event.content, expected["message"]["content"])
-            )
-            found["timestamp"] = wanted["timestamp"]
-            assert found == wanted
-
-    run(scenario())
-
-
-def test_the_recorded_session_runs_byte_by_byte(tmp_path: Path) -> None:
-    """What went down is sent again and must be the same bytes; what went up is replayed as recorded."""
-
-    async def scenario() -> None:
-        async with cloud(tmp_path) as sim, served(sim) as node:
-            for vector in vectors("ws_session"):
-                data = bytes.fromhex(vector["frame_hex"])
-                if vector["direction"] == "edge->cloud":
-                    await node.send(data)
-                    await node.barrier()
-                    continue
-                result = sim.send("edge-a", msgspec.convert(vector["decoded"], CloudMessage))
-                assert result["dropped"] is None, vector["name"]
-                if b"1e+21" in data:  # we write 1e21, the same number in fewer bytes
-                    assert await node.message() == json.loads(vector["text"])
-                else:
-                    assert await node.reader.readexactly(len(data)) == data, vector["name"]
-            assert sim.sessions()[0]["queued_objects"] == 0
-
-    run(scenario())
-
-
-LARGE = [vector for vector in vectors("ws_large_and_fragmented") if vector["payload_len"] < 2**21]
-
-
-@pytest.mark.parametrize("vector", LARGE, ids=lambda vector: vector["name"])
-def test_large_messages_are_cut_and_joined_as_recorded(tmp_path: Path, vector: dict[str, Any]) -> None:
-    size = int(vector["name"].split("_")[2].split(".")[0])
-    content = ("0123456789abcdef" * (size // 16 + 1))[:size]
-    model = CloudMessage(msgspec.convert(vector["header"], Header), msgspec.convert(vector["route"], Route), content)
-
-    async def scenario() -> None:
-        async with cloud(tmp_path) as sim, served(sim) as node:
-            if vector["direction"] == "cloud->edge":
-                sim.send("edge-a", model)
-                payload = b""
-                for expected in vector["frames"]:
-                    header = await node.reader.readexactly(len(expected["header_hex"]) // 2)
-                    assert header.hex() == expected["header_hex"]
-                    payload += await node.reader.readexactly(expected["payload_len"])
-                assert hashlib.sha256(payload).hexdigest() == vector["payload_sha256"]
-            else:
-                payload = encode(model)
-                assert hashlib.sha256(payload).hexdigest() == vector["payload_sha256"]
-                pieces = [payload[start : start + 4096] for start in range(0, len(payload), 4096)]
-                assert len(pieces) == vector["frame_count"]
-                last = len(pieces) - 1
-                for index, piece in enumerate(pieces):
-                    await node.send(frame(0 if index else 1, piece, final=index == last))
-                await node.barrier()
-                (received,) = sim.uploads()
-                assert received.content == content
-
-    run(scenario())
 
 
 def test_a_single_frame_of_8_mib_passes_in_both_directions(tmp_path: Path) -> None:
@@ -244,18 +89,6 @@ def test_a_client_that_offers_h2_gets_h2(tmp_path: Path) -> None:
                 await node.upgrade("edge-a")
 
     run(scenario())
-
-
-async def tls_failure(sim: CloudSim, context: ssl.SSLContext) -> str:
-    """Why the server ends it: at the handshake (1.2) or at the first read (1.3)."""
-    try:
-        node = await RawNode.connect(sim, context)
-        await node.send(upgrade_text({"node_id": "edge-a", "connectionuse": "msg"}).encode())
-        data = await node.reader.read(100)
-    except ssl.SSLError as error:
-        return str(error.reason)
-    await node.aclose()
-    return data.decode()
 
 
 def test_a_certificate_of_the_ca_is_required(tmp_path: Path) -> None:
