@@ -93,10 +93,12 @@ class EdgeHubSection(Section, frozen=True):
     tls_private_key_file: str = _KEY_FILE
     websocket: WebsocketSection = WebsocketSection()
     quic: QuicSection = QuicSection()
-    http_server: str = "https://127.0.0.1:10002"
-    "Where certificates are asked for."
+    http_server: str = ""
+    "https://host:port where certificates are asked for; empty: the host of CloudHub, port 10002."
     token: str = ""
+    "To join with, as `keadm gettoken` prints it, while there are no certificate files, or expired ones."
     rotate_certificates: bool = True
+    "Ask for a new certificate when 70 to 90 % of the present one's lifetime are over."
 
 
 class EventBusTlsSection(Section, frozen=True):
@@ -272,8 +274,6 @@ class EdgeHubExtras(Section, frozen=True):
     "The longest pause between two dials."
     failback_seconds: Annotated[float, Meta(ge=0, le=86_400)] = 300.0
     "While another endpoint serves, the first is looked for this often, and returned to in a quiet moment. 0: never."
-    failback_seconds: Annotated[float, Meta(ge=0, le=86_400)] = 300.0
-    "While another endpoint serves, the first is looked for this often, and returned to in a quiet moment. 0: never."
     hub_version: Literal["1.17", "1.16", "2019"] = "1.17"
     "How old CloudHub is: 1.17 and later, before it, or the tree of 2019."
     server_name: str = ""
@@ -383,6 +383,16 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
             if module.enable:
                 declared[name] = declared.get(name, frozenset()) | frozenset(module.groups)
         return declared
+
+    def certificate_server(self) -> str:
+        """https://host:port of CloudCore's certificate API. Raises ConfigError."""
+        from runtime import enrolment
+
+        hub = self.edge_hub
+        if hub.http_server:
+            return enrolment.show_server(*enrolment.parse_server(hub.http_server, "modules.edgeHub.httpServer"))
+        server = hub.websocket.server if hub.websocket.enable else hub.quic.server
+        return enrolment.show_server(server.rpartition(":")[0].strip("[]"), enrolment.DEFAULT_PORT)
 
     def cloud_proxy(self) -> Proxy | None:
         """The proxy on the way to CloudHub; its password may be in `proxy_password_file`. Raises ConfigError."""
