@@ -336,7 +336,7 @@ _RETRY_SHARE: Final = 0.02
 class RotationSchedule:
     """When the certificate that is valid in `not_before` … `not_after` is to be renewed. Chance is handed in.
 
-    Times are seconds since 1970, for validity is; a clock that was set meanwhile is met by asking again.
+    `due` is in seconds since 1970, as validity is; pauses between tries are not, for that clock may be set meanwhile.
     """
 
     def __init__(self, chance: random.Random, *, not_before: float, not_after: float) -> None:
@@ -345,14 +345,13 @@ class RotationSchedule:
         self._failures = 0
         self.due = not_before + self._lifetime * chance.uniform(EARLIEST, LATEST)
 
-    def failed(self, *, now: float) -> float:
-        """A try failed: when the next is due."""
+    def failed(self) -> float:
+        """A try failed: how many seconds until the next."""
         longest = min(
             _RETRY_FIRST_SECONDS * 2.0 ** min(self._failures, 16), _RETRY_CAP_SECONDS, self._lifetime * _RETRY_SHARE
         )
         self._failures += 1
-        self.due = now + longest * self._chance.uniform(0.5, 1.0)
-        return self.due
+        return longest * self._chance.uniform(0.5, 1.0)
 
 
 def show_time(seconds: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -60,6 +60,12 @@ class EdgeHubConfig:
     ca_file: str = "/etc/kubeedge/ca/rootCA.crt"
     cert_file: str = "/etc/kubeedge/certs/server.crt"
     key_file: str = "/etc/kubeedge/certs/server.key"
+    certificate_server: str = ""
+    "https://host:port where certificates are asked for; empty: nowhere."
+    token: str = field(default="", repr=False)
+    "To join with when there is no certificate, or none that is still valid."
+    rotate_certificates: bool = False
+    "Ask for a new certificate in time."
     server_name: str = ""
     "The name that CloudHub's certificate must have; empty: the endpoint's host."
     proxy: Proxy | None = None
@@ -212,6 +218,9 @@ class EdgeHubConfig:
             ca_file=hub.tls_ca_file,
             cert_file=hub.tls_cert_file,
             key_file=hub.tls_private_key_file,
+            certificate_server=node.certificate_server(),
+            token=hub.token,
+            rotate_certificates=hub.rotate_certificates,
             server_name=extra.server_name,
             proxy=node.cloud_proxy(),
             proxy_password_file=extra.proxy_password_file,

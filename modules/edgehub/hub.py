@@ -22,6 +22,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from modules.edgehub import cloud
+from modules.edgehub.certificate_keeper import CertificateKeeper
 from modules.edgehub.coalescing import Coalescing
 from modules.edgehub.config import QUIC, EdgeHubConfig, Endpoint
 from modules.edgehub.connection import Connection, Settles
@@ -60,6 +61,7 @@ from modules.edgehub.window import TokenBucket
 from runtime import memory
 from runtime.backoff import Backoff
 from runtime.emp import DENIED, EXPIRED, FAILED, GONE, INVALID, OVERFLOW, TOO_LARGE, UNROUTABLE, Priority
+from runtime.enrolment import Job, Outcome
 from runtime.errors import InvalidMessage, MalformedMessage, MessageTooLarge, NotHandled, Refused, UsageError
 from runtime.message import OPERATION_ERROR, Deferral, Message, from_cloud_json
 from runtime.module import Module
@@ -162,8 +164,10 @@ class EdgeHub(Module):
         chance: random.Random | None = None,
         factory: Callable[[EdgeHubConfig], Link] = make_link,
         prober: Callable[[EdgeHubConfig, Endpoint], Awaitable[str | None]] = probe,
+        enrol: Callable[[Job], Awaitable[Outcome]] | None = None,
     ) -> None:
         """Without `config` it comes from the node's configuration (`start` then raises ConfigError)."""
+        self._enrol = enrol
         self._prober = prober
         self._given_config = config
         self._chance = chance or random.Random()
@@ -232,6 +236,8 @@ class EdgeHub(Module):
             max_messages=config.downstream_messages,
             max_bytes=config.downstream_bytes,
         )
+        self._certificates = CertificateKeeper(config, self._chance, self._use_new_certificate, enrol=self._enrol)
+        self._certifier = self.tasks.create_task(self._certificates.run(), name="certificate")
         self._announcer = self.tasks.create_task(self._pub_connect_info(), name="connection state")
         self._runner = self.tasks.create_task(self._run(), name="link")
 
@@ -267,6 +273,11 @@ class EdgeHub(Module):
             self.perform(self._session.receive(DialDue(), now=self._loop.time()))
             self._wake.set()
 
+    def _use_new_certificate(self) -> None:
+        """The link that is there goes on under the old one until a quiet moment."""
+        self.dial_now()
+        self.reconnect_quietly("a new certificate")
+
     async def stop(self) -> None:
         """Let the cloud confirm what it was given, say goodbye, end every task."""
         self.perform(self._session.receive(StopWanted(), now=self._loop.time()))
@@ -286,6 +297,7 @@ class EdgeHub(Module):
         self._runner.cancel()
         await asyncio.wait([self._runner])
         self._announcer.cancel()
+        self._certifier.cancel()
         self._lanes.stop()
         if self._parking is not None:
             self._parking.stop()
@@ -958,7 +970,8 @@ class EdgeHub(Module):
         is_limited = self._bucket.is_limited and self._outbox.has_data and self._bucket.available(now=now) == 0
         return {
             "state": session.state.value,
-            "why": session.why,
+            "why": (not session.is_open and self._certificates.joining) or session.why,
+            "certificate": self._certificates.status(),
             "endpoint": str(session.endpoint),
             "endpoints": [str(endpoint) for endpoint in self._config.endpoints],
             "move_wanted": session.move_wanted,
@@ -990,6 +1003,7 @@ class EdgeHub(Module):
         counts["link_state"] = list(LinkState).index(self._session.state)
         counts["link_up"] = int(self._session.is_open)
         counts["link_served"] = int(self._session.state is LinkState.SERVED)
+        counts |= self._certificates.counters()
         counts["accepted"] = self._outbox.accepted
         counts["restored"] = self._outbox.restored
         counts["held"] = self._outbox.held_messages

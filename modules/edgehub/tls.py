@@ -12,6 +12,7 @@ from typing import Final
 from modules.edgehub.certificate import Certificate, MalformedCertificate, parse
 from modules.edgehub.config import EdgeHubConfig
 from modules.edgehub.link import LinkRefused
+from runtime.enrolment_files import FileSet
 
 log = logging.getLogger("modules.edgehub")
 
@@ -49,33 +50,57 @@ def client_context(config: EdgeHubConfig, *, now: float | None = None) -> ssl.SS
     return context
 
 
+def finish_replacement(config: EdgeHubConfig) -> None:
+    """Where a crash has left a replacement of the files undone, finish it. Raises LinkRefused."""
+    files = FileSet(config.ca_file, config.cert_file, config.key_file)
+    try:
+        if files.recover():
+            log.info("finished a replacement of the certificate that was cut short file=%s", files.cert)
+    except (OSError, ValueError) as fault:
+        raise LinkRefused(f"{files.journal}: a replacement was cut short and cannot be finished: {fault}") from fault
+
+
 def check_certificate(config: EdgeHubConfig, *, now: float) -> Certificate:
     """The node's certificate, if it can serve. Raises LinkRefused."""
+    finish_replacement(config)
+    _, certificate = read_certificate(config)
+    why = objection(certificate, config, now=now)
+    if why is not None:
+        raise LinkRefused(why)
+    return certificate
+
+
+def read_certificate(config: EdgeHubConfig) -> tuple[bytes, Certificate]:
+    """What is in tlsCertFile: its DER, and what it says. Raises LinkRefused."""
     text = _read(config.cert_file, "tlsCertFile")
     where = f"tlsCertFile {config.cert_file}"
     if text.count(_BEGIN) > 1:
         raise LinkRefused(f"{where}: holds {text.count(_BEGIN)} certificates, expected the node's alone")
     try:
         start, stop = text.index(_BEGIN), text.index(_END)
-        certificate = parse(ssl.PEM_cert_to_DER_cert(text[start : stop + len(_END)]))
+        der = ssl.PEM_cert_to_DER_cert(text[start : stop + len(_END)])
+        return der, parse(der)
     except (ValueError, MalformedCertificate) as fault:
         raise LinkRefused(f"{where}: expected one PEM certificate: {fault}") from fault
+
+
+def objection(certificate: Certificate, config: EdgeHubConfig, *, now: float) -> str | None:
+    """Why a certificate cannot serve this node now; None: it can."""
+    where = f"tlsCertFile {config.cert_file}"
     if now < certificate.not_before:
-        raise LinkRefused(
+        return (
             f"{where}: valid only from {_date(certificate.not_before)}, and this node's clock says {_date(now)}: "
             "set the clock, or wait"
         )
     if now > certificate.not_after:
-        raise LinkRefused(
-            f"{where}: expired {_date(certificate.not_after)} (this node's clock says {_date(now)}): get a new one"
-        )
+        return f"{where}: expired {_date(certificate.not_after)} (this node's clock says {_date(now)}): get a new one"
     wanted = f"system:node:{config.node_name}"
     if config.dialect.names_nodes and certificate.common_name != wanted:
-        raise LinkRefused(
+        return (
             f"{where}: is for CN={certificate.common_name!r}, expected {wanted!r} (hostnameOverride): "
             "CloudHub with authorization on would reject it without a word"
         )
-    return certificate
+    return None
 
 
 def send_one_certificate_only(context: ssl.SSLContext) -> bool:

@@ -47,7 +47,7 @@ def join(
     home.prepare()
     hub = place.config.edge_hub
     job = Job(
-        server=server or hub.http_server,
+        server=enrolment.show_server(*enrolment.parse_server(server)) if server else place.config.certificate_server(),
         node_name=place.config.node_name,
         ca_file=hub.tls_ca_file,
         cert_file=hub.tls_cert_file,
@@ -86,10 +86,10 @@ def _report(job: Job, issued: Issued, place: Place, home: Home) -> None:
     print(f"certificate {job.cert_file}, key {job.key_file}, CA {job.ca_file}")
     if place.new_text:
         print(f"wrote {place.path}: look at it, then start the node: edgezmq up")
-    elif job.server != place.config.edge_hub.http_server:
+    elif (renewing := place.config.certificate_server()) != job.server:
         print(
-            f"note: {place.path} has modules.edgeHub.httpServer: {place.config.edge_hub.http_server}. "
-            f"Set it to {job.server}, for the certificate is renewed there"
+            f"note: by {place.path} the certificate is to be renewed at {renewing}. "
+            f"Set modules.edgeHub.httpServer to {job.server}"
         )
 
 
