@@ -325,6 +325,10 @@ class QuicLink:
             pass
         except OSError as fault:
             self._on_socket_fault(fault)
+        except Exception as fault:  # of aioquic, on bytes from outside: a state that nobody can go on from
+            log.exception("QUIC: the link cannot go on")
+            self._break(f"QUIC: {type(fault).__name__}: {fault}")
+            return
         self._take_events()
         self._transmit()
 

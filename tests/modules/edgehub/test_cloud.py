@@ -303,3 +303,43 @@ def test_nothing_we_send_is_in_the_class_that_the_hub_cuts_links_for() -> None:
         except InvalidMessage:
             continue
         decode_as_go(text)  # … and what we make of such content is not in it
+
+
+# --- content over QUIC -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b'{"a": 1}', "json"),
+        (b" [1]", "text"),
+        (b"[1]", "json"),
+        (b"[1", "text"),
+        (b"42", "text"),
+        (b"[" * 100_000, "text"),
+        ("grün".encode(), "text"),
+        (b'{"a": "\xff"}', "bytes"),
+        (b"\x00\xff", "bytes"),
+    ],
+)
+def test_content_that_came_as_bytes_gets_the_kind_that_it_has_over_the_websocket(content: bytes, kind: str) -> None:
+    message = cloud.with_kind(Message(id="m", kind="bytes", content=content))
+    assert (message.kind, message.content, message.id) == (kind, content, "m")
+
+
+@given(st.binary(max_size=200))
+def test_any_content_gets_a_kind_that_holds_it(content: bytes) -> None:
+    message = cloud.with_kind(Message(kind="bytes", content=content))
+    assert message.content == content
+    if message.kind == "json":
+        json.loads(content)
+    elif message.kind == "text":
+        content.decode()
+
+
+@pytest.mark.parametrize(
+    "message", [Message(kind="text", content=b"\xff"), Message(timestamp=2**63), Message(content=b"{")]
+)
+def test_what_cannot_be_read_is_refused_in_either_form(message: Message) -> None:
+    with pytest.raises(InvalidMessage):
+        cloud.check_up(message, DEPTH)

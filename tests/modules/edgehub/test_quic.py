@@ -260,6 +260,20 @@ def test_a_rejected_link_is_given_up_and_nothing_counts_as_confirmed(tmp_path: P
     run(scenario())
 
 
+def test_exactly_one_certificate_is_sent(tmp_path: Path) -> None:
+    """CloudHub with authorization enforced gives no session to who sends more, or another node's."""
+
+    async def scenario() -> None:
+        async with (
+            cloud(tmp_path, quic_port=0, enforce_authorization=True) as sim,
+            running(quic_settings(sim)) as (hub, _),
+        ):
+            await is_served(hub)
+            assert sim.is_served(NODE)
+
+    run(scenario())
+
+
 def test_the_outbox_keeps_the_two_classes_apart_under_way(tmp_path: Path) -> None:
     """The data's barrier is not answered; the signals' are, and settle only signals."""
 
