@@ -18,9 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from cloudsim.certificates import Authority
+from tests.support.aio import until_sync
 from tests.support.deadline import DEADLINE
 
 SOURCE = Path(__file__).parent / "quicgo"
@@ -109,8 +111,11 @@ class GoHub:
         self._process.stdout.close()
 
     def freeze(self) -> None:
+        """SIGSTOP, and wait for it: another core may run the process a little longer."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
+        process = psutil.Process(self._process.pid)
+        until_sync(lambda: process.status() == psutil.STATUS_STOPPED, "the peer to stand still")
 
     def thaw(self) -> None:
         assert self._process is not None
