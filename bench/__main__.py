@@ -12,6 +12,7 @@ from pathlib import Path
 from bench import report
 from bench.bus import NOISY_PERCENT, contenders, measure_bus
 from bench.children import ChildFailed
+from bench.cloudlink import measure_cloud
 from bench.machine import facts
 from bench.node import become_idle_sampler, measure_node, resume
 from bench.report import Results, as_json, as_text
@@ -22,6 +23,7 @@ QUICK_ROUNDS = 1
 GROUPS = {
     "bus": (report.BUS_256, report.BUS_4096),
     "request": (report.REQUEST_P50,),
+    "cloud": (report.UPLOADS,),
     "node": (report.START,),
     "idle": (),
 }
@@ -41,6 +43,8 @@ def main() -> int:
     _say(f"load average {os.getloadavg()[0]:.2f}, {rounds} round(s)")
     measures = [measure for word in wanted for measure in GROUPS[word]]
     measure_bus(results, contenders(options.contender), rounds=rounds, quick=options.quick, measures=measures, say=_say)
+    if "cloud" in wanted:
+        measure_cloud(results, rounds=rounds, quick=options.quick, with_native=options.native, say=_say)
     if "node" in wanted:
         try:
             measure_node(results, rounds=rounds, quick=options.quick, say=_say)
@@ -70,7 +74,7 @@ def _finish(results: Results, json_path: Path | None) -> int:
 
 def is_ours(what: str) -> bool:
     """Whether what was not run is of edgezmq itself, and not a peer that is not installed."""
-    return report.EDGEZMQ in what or what in ("node", "idle")
+    return report.EDGEZMQ in what or what in ("node", "idle") or what.startswith("cloud ")
 
 
 def _options() -> argparse.Namespace:
@@ -85,6 +89,7 @@ def _options() -> argparse.Namespace:
         choices=[one.name for one in contenders()],
         help="only this contender; may be repeated",
     )
+    parser.add_argument("--no-native", dest="native", action="store_false", help="cloud: without the peers in Go")
     parser.add_argument("--resume", type=Path, help=argparse.SUPPRESS)  # see node.become_idle_sampler
     parser.add_argument("--quick", action="store_true", help="short rounds, one of each: does it work at all?")
     return parser.parse_args()

@@ -34,6 +34,14 @@ def parse_smaps_rollup(text: str) -> Memory:
         raise ValueError(f"smaps_rollup has no {missing.args[0]}") from missing
 
 
+def parse_peak_mib(text: str) -> float:
+    """The most memory a process has had resident, from the text of a /proc/PID/status. Raises ValueError."""
+    for line in text.splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / KIB_PER_MIB
+    raise ValueError("status has no VmHWM")
+
+
 def parse_cpu_ticks(stat: str) -> int:
     """User and system time in clock ticks, from the text of a /proc/PID/stat."""
     # The command in parentheses may hold spaces and parentheses itself; fields 14 and 15 follow the last one (proc(5)).
@@ -44,6 +52,11 @@ def parse_cpu_ticks(stat: str) -> int:
 def cpu_seconds(pid: int) -> float:
     """CPU time a living process has used. Raises OSError when it is gone."""
     return parse_cpu_ticks(Path(f"/proc/{pid}/stat").read_text()) / _CLOCK_TICKS
+
+
+def peak_mib(pid: int) -> float:
+    """The most memory a living process has had resident, pages it shares included. Raises OSError when it is gone."""
+    return parse_peak_mib(Path(f"/proc/{pid}/status").read_text())
 
 
 def ticks_to_seconds(ticks: int) -> float:

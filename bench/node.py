@@ -37,16 +37,17 @@ QUICK_IDLE_SECONDS = 5
 
 
 def measure_node(results: Results, *, rounds: int, quick: bool, say: Say) -> None:
-    """Start to served, uploads confirmed, MQTT to the cloud: each round a fresh start of the same node."""
+    """Start to served, MQTT to the cloud: each round a fresh start of the same node."""
     with Scratch() as directory, rig(directory) as around:
         say("node: one start that does not count, so that the others are warm")
         with start_node(around) as node:
             wait_served(around, node)
             upload(around, WARM_UP_UPLOADS)
-            counts = _probe(around, quick)
+            rate = publish(around, PROBE_UPLOADS)
         wait_gone(around)
-        results.message_counts[report.UPLOADS] = {report.EDGEZMQ: counts[report.UPLOADS]}
-        results.message_counts[report.EVENTBUS] = {report.EDGEZMQ: counts[report.EVENTBUS]}
+        target = QUICK_ROUND_SECONDS if quick else ROUND_SECONDS
+        count = count_for(PROBE_UPLOADS, PROBE_UPLOADS / rate, target, least=PROBE_UPLOADS, most=MOST_UPLOADS)
+        results.message_counts[report.EVENTBUS] = {report.EDGEZMQ: count}
         for turn in range(1, rounds + 1):
             started = time.monotonic()
             with start_node(around) as node:
@@ -54,24 +55,10 @@ def measure_node(results: Results, *, rounds: int, quick: bool, say: Say) -> Non
                 start = time.monotonic() - started
                 results.add(report.START, report.EDGEZMQ, start)
                 upload(around, WARM_UP_UPLOADS)
-                uploads = upload(around, counts[report.UPLOADS])
-                results.add(report.UPLOADS, report.EDGEZMQ, uploads)
-                from_mqtt = publish(around, counts[report.EVENTBUS])
+                from_mqtt = publish(around, count)
                 results.add(report.EVENTBUS, report.EDGEZMQ, from_mqtt)
             wait_gone(around)
-            say(
-                f"node round {turn}/{rounds}: served after {start:.2f} s, uploads confirmed {uploads:,.0f}/s, "
-                f"MQTT to cloud {from_mqtt:,.0f}/s"
-            )
-
-
-def _probe(around: Rig, quick: bool) -> dict[str, int]:
-    target = QUICK_ROUND_SECONDS if quick else ROUND_SECONDS
-    counts = {}
-    for measure, run in ((report.UPLOADS, upload), (report.EVENTBUS, publish)):
-        rate = run(around, PROBE_UPLOADS)
-        counts[measure] = count_for(PROBE_UPLOADS, PROBE_UPLOADS / rate, target, least=PROBE_UPLOADS, most=MOST_UPLOADS)
-    return counts
+            say(f"node round {turn}/{rounds}: served after {start:.2f} s, MQTT to cloud {from_mqtt:,.0f}/s")
 
 
 def upload(around: Rig, count: int) -> float:

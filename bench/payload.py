@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 NUMBER_BYTES = 8
+READING_BYTES = 256
+FIRST_READING = 1_000_000
+"So that all numbers have the same length."
+_READING_FILLER = "x" * (READING_BYTES - len(f'{{"number":{FIRST_READING},"filler":""}}'))
 
 
 def filler(size: int) -> bytes:
     """What follows the number in a payload of `size` bytes."""
     return b"x" * (size - NUMBER_BYTES)
+
+
+def reading(number: int) -> dict[str, Any]:
+    """What a device might say to the cloud: 256 bytes of JSON."""
+    return {"number": FIRST_READING + number, "filler": _READING_FILLER}
 
 
 class Sequence:

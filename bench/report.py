@@ -24,7 +24,29 @@ REQUEST_P50 = "request_p50_us"
 REQUEST_P99 = "request_p99_us"
 START = "start_to_connected_s"
 UPLOADS = "uploads_confirmed_per_s"
+DOWNLOADS = "downloads_per_s"
+LINK_UPLOADS = "link_uploads_confirmed_per_s"
+LINK_DOWNLOADS = "link_downloads_per_s"
+NATIVE_UPLOADS = "native_uploads_confirmed_per_s"
+LINK_UPLOADS_NATIVE_HUB = "link_uploads_confirmed_native_hub_per_s"
+LINK_DOWNLOADS_NATIVE_HUB = "link_downloads_native_hub_per_s"
+NATIVE_UPLOADS_NATIVE_HUB = "native_uploads_confirmed_native_hub_per_s"
 EVENTBUS = "eventbus_confirmed_per_s"
+
+WSS = "wss"
+QUIC = "quic"
+
+CLOUD_MEASURES: Mapping[str, str] = {
+    UPLOADS: "uploads confirmed, module → cloudsim",
+    DOWNLOADS: "downloads, cloudsim → module",
+    LINK_UPLOADS: "uploads, edgehub's link alone → cloudsim",
+    LINK_DOWNLOADS: "downloads, cloudsim → edgehub's link alone",
+    NATIVE_UPLOADS: "uploads, Go node → cloudsim",
+    LINK_UPLOADS_NATIVE_HUB: "uploads, edgehub's link alone → Go hub",
+    LINK_DOWNLOADS_NATIVE_HUB: "downloads, Go hub → edgehub's link alone",
+    NATIVE_UPLOADS_NATIVE_HUB: "uploads, Go node → Go hub",
+}
+"The measures of the cloud link, each over WSS and QUIC, and their names in the table."
 
 CONTENDERS: Mapping[str, Sequence[str]] = {
     BUS_256: (EDGEZMQ, NATS, NATS_UVLOOP, MOSQUITTO),
@@ -40,7 +62,6 @@ LABELS: Mapping[str, str] = {
     REQUEST_P50: "request → reply, p50, µs",
     REQUEST_P99: "request → reply, p99, µs",
     START: "start to link served, warm, s",
-    UPLOADS: "uploads confirmed over wss, messages/s",
     EVENTBUS: "MQTT QoS 1 → cloud, PUBACK after confirmation, messages/s",
 }
 
@@ -76,6 +97,8 @@ class Results:
     message_counts: dict[str, dict[str, int]] = field(default_factory=dict)
     others_cpu_percent: list[float] = field(default_factory=list)
     "CPU that processes which are none of ours used during each round, in percent of the machine."
+    edgehub_peak_mib: dict[str, float] = field(default_factory=dict)
+    "By transport: the most that edgehub had resident through all measures of the cloud link."
     idle: Idle | None = None
     machine: dict[str, Any] = field(default_factory=dict)
 
@@ -96,7 +119,12 @@ def as_json(results: Results) -> dict[str, Any]:
         summaries = {contender: results.summary(measure, contender) for contender in contenders}
         document[measure] = {name: _rounded(summary) for name, summary in summaries.items()}
         ranges[measure] = {name: _range(summary) for name, summary in summaries.items()}
-    for measure in (START, UPLOADS, EVENTBUS):
+    for measure in CLOUD_MEASURES:
+        summaries = {transport: results.summary(measure, transport) for transport in (WSS, QUIC)}
+        document[measure] = {transport: _rounded(summary) for transport, summary in summaries.items()}
+        ranges[measure] = {transport: _range(summary) for transport, summary in summaries.items()}
+    document["edgehub_peak_mib"] = {name: _digits(peak) for name, peak in results.edgehub_peak_mib.items()}
+    for measure in (START, EVENTBUS):
         summary = results.summary(measure)
         document[measure] = _rounded(summary)
         ranges[measure] = _range(summary)
@@ -130,7 +158,7 @@ def as_json(results: Results) -> dict[str, Any]:
 
 def as_text(results: Results) -> str:
     """The tables for the terminal."""
-    parts = [_peer_table(results), _cpu_table(results), _node_table(results)]
+    parts = [_peer_table(results), _cpu_table(results), _cloud_table(results), _node_table(results)]
     if results.not_run:
         parts.append("\n".join(f"not run: {what}: {why}" for what, why in results.not_run.items()))
     return "\n\n".join(part for part in parts if part)
@@ -161,17 +189,36 @@ def _peer_table(results: Results) -> str:
 def _cpu_table(results: Results) -> str:
     rows = []
     for measure, by_contender in results.cpu_us_per_message.items():
+        if measure in CLOUD_MEASURES:
+            continue
         for contender, roles in by_contender.items():
             cells = [cell(summarise(roles.get(role, []))) for role in ("sender", "server", "receiver")]
             rows.append([f"{LABELS.get(measure, measure)}: {contender}", *cells])
     return render(["CPU time, µs per message", "sender", "server", "receiver"], rows) if rows else ""
 
 
+def _cloud_table(results: Results) -> str:
+    roles = {"edgehub": ("edgehub", "node"), "cloud": ("cloudsim", "hub"), "broker": ("broker",), "module": ("module",)}
+    rows = []
+    for measure, label in CLOUD_MEASURES.items():
+        for transport in results.rounds.get(measure, {}):
+            spent = results.cpu_us_per_message.get(measure, {}).get(transport, {})
+            costs = [summarise([value for name in names for value in spent.get(name, [])]) for names in roles.values()]
+            rows.append(
+                [
+                    f"{label}, {transport}",
+                    cell(results.summary(measure, transport)),
+                    *("–" if cost is None else f"{cost.median:.1f}" for cost in costs),
+                ]
+            )
+    for transport, peak in results.edgehub_peak_mib.items():
+        rows.append([f"edgehub's peak memory, {transport}, MiB", f"{peak:.1f}", *("–" for _ in roles)])
+    return render(["the cloud link", "messages/s", *(f"{role}, µs CPU" for role in roles)], rows) if rows else ""
+
+
 def _node_table(results: Results) -> str:
     rows = [
-        [LABELS[measure], cell(results.summary(measure))]
-        for measure in (START, UPLOADS, EVENTBUS)
-        if measure in results.rounds
+        [LABELS[measure], cell(results.summary(measure))] for measure in (START, EVENTBUS) if measure in results.rounds
     ]
     if results.idle:
         idle = results.idle

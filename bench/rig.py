@@ -108,7 +108,7 @@ def rig(directory: Path, *, with_relay: bool = False) -> Iterator[Rig]:
                 log=directory / "cloudsim.log",
             )
         )
-        ports = _ready_line(cloud)
+        ports = ready_line(cloud)
         cloud_port, relay, relay_output = int(ports["port"]), None, directory / "relay.txt"
         if with_relay:
             relay = stack.enter_context(
@@ -123,7 +123,8 @@ def rig(directory: Path, *, with_relay: bool = False) -> Iterator[Rig]:
         yield Rig(home, config, int(ports["control_port"]), mqtt_port, cloud, relay, relay_output, mqtt)
 
 
-def _ready_line(cloud: Child) -> dict[str, Any]:
+def ready_line(cloud: Child) -> dict[str, Any]:
+    """The ports that cloudsim tells when it is ready. Raises ChildFailed."""
     line = cloud.line(SERVER_SECONDS)
     _, found, document = line.partition("cloudsim ready ")
     if not found:

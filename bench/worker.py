@@ -15,7 +15,7 @@ from typing import Any
 Arguments = dict[str, Any]
 
 ROLES = ("sender", "receiver", "requester", "responder")
-SIDES = ("edgezmq_side", "nats_side", "mosquitto_side", "cloud_side")
+SIDES = ("edgezmq_side", "nats_side", "mosquitto_side", "cloud_side", "link_side")
 
 
 class Gate:

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from bench.machine import parse_busy_ticks
-from bench.memory import Memory, cpu_seconds, parse_cpu_ticks, parse_smaps_rollup
+from bench.memory import Memory, cpu_seconds, parse_cpu_ticks, parse_peak_mib, parse_smaps_rollup
 
 ROLLUP = """\
 55d0c1a4c000-7ffd3a9e5000 ---p 00000000 00:00 0                          [rollup]
@@ -21,6 +21,12 @@ Private_Dirty:      4096 kB
 
 def test_pss_and_uss_are_read_in_mib() -> None:
     assert parse_smaps_rollup(ROLLUP) == Memory(pss_mib=10.0, uss_mib=5.0)
+
+
+def test_the_peak_is_the_most_that_was_ever_resident() -> None:
+    assert parse_peak_mib("Name:\tpython\nVmHWM:\t   20480 kB\nVmRSS:\t   10240 kB\n") == 20.0
+    with pytest.raises(ValueError, match="VmHWM"):
+        parse_peak_mib("Name:\tkthread\n")
 
 
 def test_a_rollup_without_its_fields_is_an_error() -> None:

@@ -29,8 +29,10 @@ def test_the_document_has_every_key_that_checks_read_even_when_nothing_ran() -> 
     assert document["bus_4096_msgs_per_s"].keys() == document["bus_256_msgs_per_s"].keys()
     assert document["request_p50_us"] == {"edgezmq": None, "nats": None, "nats_uvloop": None}
     assert document["request_p99_us"].keys() == document["request_p50_us"].keys()
-    for key in ("idle_pss_mib", "start_to_connected_s", "uploads_confirmed_per_s", "idle_cpu_percent"):
+    for key in ("idle_pss_mib", "start_to_connected_s", "eventbus_confirmed_per_s", "idle_cpu_percent"):
         assert document[key] is None
+    for key in ("uploads_confirmed_per_s", "downloads_per_s", "native_uploads_confirmed_per_s"):
+        assert document[key] == {"wss": None, "quic": None}
     assert {"ranges", "machine", "not_run", "idle_cloud_bytes"} <= document.keys()
 
 
@@ -44,6 +46,30 @@ def test_the_document_gives_medians_and_ranges() -> None:
     assert document["ranges"]["bus_256_msgs_per_s"]["edgezmq"] == [100.0, 300.0]
     assert document["start_to_connected_s"] == 2.0
     assert document["rounds"]["bus_256_msgs_per_s"]["edgezmq"] == [300.0, 100.0, 200.0]
+
+
+def test_the_cloud_link_has_figures_for_each_transport() -> None:
+    results = Results(edgehub_peak_mib={"wss": 41.25})
+    results.add(report.UPLOADS, report.WSS, 50_000.0)
+    results.add(report.UPLOADS, report.WSS, 60_000.0)
+    results.add(report.NATIVE_UPLOADS, report.QUIC, 7_000.0)
+    results.cpu_us_per_message[report.UPLOADS] = {"wss": {"edgehub": [8.0, 9.0], "cloudsim": [7.0, 7.0]}}
+    results.cpu_us_per_message[report.NATIVE_UPLOADS] = {"quic": {"node": [31.25]}}
+    document = as_json(results)
+    assert document["uploads_confirmed_per_s"] == {"wss": 55_000.0, "quic": None}
+    assert document["ranges"]["uploads_confirmed_per_s"]["wss"] == [50_000.0, 60_000.0]
+    assert document["edgehub_peak_mib"] == {"wss": 41.25}
+    assert document["cpu_us_per_message"]["uploads_confirmed_per_s"]["wss"]["edgehub"] == 8.5
+    ours, native, peak = (
+        " ".join(line.split())
+        for line in as_text(results).splitlines()
+        if line.rstrip().endswith("|") and "," in line
+        if "µs CPU" not in line
+    )
+    assert "wss | 55 000 (50 000 – 60 000) | 8.5 | 7.0 | – | – |" in ours
+    assert "quic | 7 000" in native
+    assert "31.2" in native
+    assert "wss, MiB | 41.2 |" in peak
 
 
 def test_the_node_is_the_sum_of_its_processes() -> None:

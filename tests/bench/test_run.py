@@ -29,6 +29,29 @@ def test_a_quick_run_measures_our_bus_and_writes_the_json(tmp_path: Path) -> Non
 
 
 @pytest.mark.processes
+def test_a_quick_run_measures_the_cloud_link_over_both_transports(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    run = subprocess.run(
+        [sys.executable, "-m", "bench", "--quick", "--only", "cloud", "--no-native", "--json", str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=6 * DEADLINE,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    document = json.loads(out.read_text())
+    for transport in ("wss", "quic"):
+        for measure in ("uploads_confirmed_per_s", "downloads_per_s", "link_uploads_confirmed_per_s"):
+            assert document[measure][transport] > 0
+        assert document["cpu_us_per_message"]["uploads_confirmed_per_s"][transport].keys() == {
+            *("edgehub", "broker", "cloudsim", "module")
+        }
+        assert document["edgehub_peak_mib"][transport] > 0
+        assert document["native_uploads_confirmed_per_s"][transport] is None
+
+
+@pytest.mark.processes
 def test_an_unknown_measure_is_refused_with_the_ones_there_are() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "bench", "--only", "nothing"], cwd=ROOT, capture_output=True, text=True, check=False
