@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Final
 
 from runtime import emp
 from runtime.conform import wire
 from runtime.conform.broker_stage import LIVENESS_MS, BrokerStage, Peer, note_message
 from runtime.conform.module_stage import message
-from runtime.conform.play import Check, Failed, NotApplicable, Scene, Script
+from runtime.conform.play import Catalogue, Check, NotApplicable, Scene, Script, expect
 
-CHECKS: list[Check] = []
-"In the order of the page."
+CHECKS: Final = Catalogue()
+check = CHECKS.enter
 
 UNKNOWN_FLAG: Final = 1 << 20
 MAX_WINDOW: Final = 20_000
 "A broker with larger windows is not asked to overflow."
 MAX_DEATHS: Final = 10
-
-
-def check(
-    name: str, section: str, says: str, *, is_long: bool = False
-) -> Callable[[Callable[[BrokerStage], Script]], Callable[[BrokerStage], Script]]:
-    def enter(script: Callable[[BrokerStage], Script]) -> Callable[[BrokerStage], Script]:
-        CHECKS.append(Check(name, section, says, script, is_long=is_long))
-        return script
-
-    return enter
-
-
-def expect(good: object, otherwise: str) -> None:
-    if not good:
-        raise Failed(otherwise)
 
 
 def notes(first: int, last: int) -> list[list[object]]:

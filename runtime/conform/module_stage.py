@@ -80,6 +80,18 @@ def message(
     return [id, parent, 1_700_000_000_000, False, "", "conform", "user", resource, operation, "json", text]
 
 
+def is_same(sent: list[object], reply: list[object]) -> bool:
+    """Whether a message comes back with the same content."""
+    if sent[9] != reply[9]:
+        return False
+    if sent[9] != "json":
+        return sent[10] == reply[10]
+    try:
+        return bool(json.loads(bytes(sent[10])) == json.loads(bytes(reply[10])))  # type: ignore[call-overload]
+    except ValueError:
+        return False
+
+
 @dataclass(slots=True)
 class Delivery:
     """Something delivered, to ask about."""
@@ -315,6 +327,11 @@ class ModuleStage(Stage):
     def own_lanes(self) -> list[SentLane]:
         return [lane for lane in self.referee.lanes.values() if lane.priority]
 
+    @property
+    def before_liveness(self) -> float:
+        """Soon, and before it says HELLO anyhow because no PONG comes."""
+        return min(self.settings.soon, 0.8 * self.traits.liveness)
+
     # --- scenes ---------------------------------------------------------------------------------------------
 
     def greeted(self) -> Scene[emp.Hello]:
@@ -334,7 +351,7 @@ class ModuleStage(Stage):
         """WHO, and the HELLO that answers it."""
         mark = self.mark
         self.who()
-        seen = yield from self.answer(mark, "no HELLO in answer to WHO", "HELLO/1")
+        seen = yield from self.answer(mark, "no HELLO in answer to WHO", "HELLO/1", within=self.before_liveness)
         hello: emp.Hello = seen.header
         return hello
 
@@ -372,12 +389,17 @@ class ModuleStage(Stage):
             delivery = self.deliver(message(id), sender=other(f"conform-after-{self._asked_after}"))
             yield from self.served(delivery, id)
 
-    def sends(self, how_many: int = 1, mark: int = 0) -> Scene[list[Seen]]:
-        """Until it has sent so many messages by itself; the check is not applicable when it does not."""
+    def sends(self, how_many: int = 1, mark: int = 0, otherwise: str = "") -> Scene[list[Seen]]:
+        """Until it has sent so many messages by itself.
+
+        When it does not: fail with `otherwise`; without that, the check does not apply.
+        """
         wait = 4 * self.settings.survey + self.settings.soon
         found = yield from self.whether(
             lambda: sum(seen.header.count for seen in self.own(mark)) >= how_many and self.own(mark), wait
         )
+        if not found and otherwise:
+            raise Failed(otherwise)
         if not found:
             raise NotApplicable(f"it did not send {how_many} messages within {wait:.0f} s")
         assert isinstance(found, list)

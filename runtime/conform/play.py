@@ -258,6 +258,26 @@ class Check:
     "Waits for the liveness time, or a whole stop: begun first."
 
 
+class Catalogue(list[Check]):
+    """Checks in the order of the page."""
+
+    def enter(
+        self, name: str, section: str, says: str, *, needs: tuple[str, ...] = (), is_long: bool = False
+    ) -> Callable[[Callable[[Any], Script]], None]:
+        """Decorates a script. The arguments are the fields of `Check`."""
+
+        def enter(script: Callable[[Any], Script]) -> None:
+            self.append(Check(name, section, says, script, needs, is_long))
+
+        return enter
+
+
+def expect(good: object, otherwise: str) -> None:
+    """Fail with `otherwise` unless it is good."""
+    if not good:
+        raise Failed(otherwise)
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """A check's verdict."""
@@ -319,14 +339,13 @@ class Play:
         self.stage.now = now - self.began
         try:
             happening()
-        except Verdict as verdict:
+            while self.result is None and self._wait is not None:
+                found = self._wait.ready()
+                if not found and now < self._until:
+                    return
+                self._go(found or None)
+        except Verdict as verdict:  # what comes, or what a script looks for, may be wrong by itself
             self._end(verdict)
-            return
-        while self.result is None and self._wait is not None:
-            found = self._wait.ready()
-            if not found and now < self._until:
-                return
-            self._go(found or None)
 
     def _go(self, value: Any) -> None:
         try:

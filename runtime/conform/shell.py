@@ -232,7 +232,7 @@ def check_module(run: ModuleRun, checks: Iterable[Check], report: Report) -> tup
     with ThreadPoolExecutor(run.jobs) as pool:
         results = list(pool.map(one, sorted(scripted, key=lambda check: not check.is_long)))
     order = {check.name: place for place, check in enumerate(checks)}
-    standing = [_judge(check, findings[check.name]) for check in checks if check.script is None]
+    standing = [judge(check, findings[check.name]) for check in checks if check.script is None]
     for result in standing:
         report(result)
     return traits, sorted([*standing, *results], key=lambda result: order[result.check.name])
@@ -256,7 +256,7 @@ def _play_module(run: ModuleRun, check: Check, traits: Traits, findings: dict[st
     return result, play.stage.traits
 
 
-def _judge(check: Check, finding: Finding) -> Result:
+def judge(check: Check, finding: Finding) -> Result:
     if finding.fault:
         return Result(check, FAIL, finding.fault, finding.frames)
     if not finding.exercised:

@@ -224,22 +224,6 @@ def fault_of(frames: Sequence[bytes], allowed: frozenset[str]) -> str | None:
                 return f"{verb}: the field {field.name!r} is missing"
         elif not field.check(header[place]):
             return f"{verb}: the field {field.name!r} is {shown(header[place])}"
-    if verb == "SEND/1":
-        return _fault_of_send([*header, *[None] * len(fields)])
-    return None
-
-
-def _fault_of_send(header: list[Any]) -> str | None:
-    destination, priority, count, flags = header[0], header[1], header[3], header[5] or 0
-    requester, retain_key, retain_counter = header[7:10]
-    if (priority == 0) != bool(flags & emp.REPLY):
-        return "SEND/1: priority 0 and the flag REPLY go together"
-    if flags & emp.REPLY and requester is None:
-        return "SEND/1: a reply without requester"
-    if flags & emp.RETAIN and (
-        count != 1 or retain_key is None or retain_counter is None or not destination.startswith("@")
-    ):
-        return "SEND/1: RETAIN needs one message, a group, a key and a counter"
     return None
 
 
