@@ -158,6 +158,8 @@ class EdgeHubConfig:
             raise ConfigError(
                 "modules.edged.hostnameOverride", self.node_name, "letters, digits, '.', '_' and '-', at most 253"
             )
+        if self.protocol == QUIC and not self.dialect.answers_greeting:
+            raise ConfigError("runtime.edgehub.hubVersion", self.dialect.version, "1.17 with QUIC: no older one has it")
         if not self.endpoints:
             raise ConfigError("modules.edgeHub.websocket.server", "", "at least one host:port")
         for name in (

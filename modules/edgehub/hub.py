@@ -26,11 +26,10 @@ from modules.edgehub.certificate_keeper import CertificateKeeper
 from modules.edgehub.coalescing import Coalescing
 from modules.edgehub.config import QUIC, EdgeHubConfig, Endpoint
 from modules.edgehub.connection import Connection, Settles
-from modules.edgehub.dialling import probe
 from modules.edgehub.dispatch import Received, Seen, destination
 from modules.edgehub.governor import Pace, Ramp
 from modules.edgehub.lanes import Lanes
-from modules.edgehub.link import Link, make_encoder, make_link
+from modules.edgehub.link import Link, make_encoder, make_link, probe
 from modules.edgehub.outbox import Class, Outbox, OutboxLimits, Poisoned, StoredRow
 from modules.edgehub.parking import NOBODY, NOT_THE_OWNER, REFUSED_BY_OWNER, Parking, ParkingLimits
 from modules.edgehub.permission import Permission

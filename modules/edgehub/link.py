@@ -114,6 +114,20 @@ def make_link(config: EdgeHubConfig) -> Link:
     raise ConfigError("protocol", config.protocol, f"{WEBSOCKET!r} or {QUIC!r}")
 
 
+async def probe(config: EdgeHubConfig, endpoint: Endpoint) -> str | None:
+    """See whether a CloudHub answers there, as far as TLS, and leave again: what is wrong, None when nothing is.
+
+    It does not show whether the hub would serve us: that takes a session, and so the end of the one that we have.
+    """
+    if config.protocol == WEBSOCKET:
+        from modules.edgehub import dialling
+
+        return await dialling.probe(config, endpoint)
+    from modules.edgehub import quic
+
+    return await quic.probe(config, endpoint)
+
+
 def make_encoder(config: EdgeHubConfig) -> Callable[[Message], bytes]:
     """Makes the payloads that go up over `config.protocol`; raises InvalidMessage for what CloudHub cannot read.
 

@@ -18,7 +18,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -160,11 +160,22 @@ class QuicLink:
     # --- Link ----------------------------------------------------------------------------------
 
     async def open(self, endpoint: Endpoint) -> None:
+        await self._bounded(endpoint, self._open(endpoint))
+        self._addresses = _AddressWatch(self._loop, self._check_address)
+
+    async def shake_hands(self, endpoint: Endpoint) -> None:
+        """As far as TLS: a connection that belongs to no node. Raises as `open` does."""
+        await self._bounded(endpoint, self._connect(endpoint))
+
+    async def _open(self, endpoint: Endpoint) -> None:
+        await self._connect(endpoint)
+        await self._send_headers()
+
+    async def _bounded(self, endpoint: Endpoint, opening: Coroutine[Any, Any, None]) -> None:
         self._loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._config.handshake_seconds):
-                await self._connect(endpoint)
-                await self._send_headers(endpoint)
+                await opening
         except TimeoutError as fault:
             self._abort()
             raise LinkLost(
@@ -177,7 +188,6 @@ class QuicLink:
         except BaseException:
             self._abort()
             raise
-        self._addresses = _AddressWatch(self._loop, self._check_address)
 
     async def _connect(self, endpoint: Endpoint) -> None:
         """Handshake with the first address that answers."""
@@ -188,7 +198,7 @@ class QuicLink:
             try:
                 # The last one may take all the time there is.
                 async with asyncio.timeout(_ADDRESS_SECONDS if addresses else None):
-                    await self._shake_hands(family, configuration)
+                    await self._dial(family, configuration)
                 return
             except (OSError, TimeoutError, LinkLost):
                 if not addresses:
@@ -196,7 +206,7 @@ class QuicLink:
                 self._abort()
                 self._lost = None
 
-    async def _shake_hands(self, family: int, configuration: QuicConfiguration) -> None:
+    async def _dial(self, family: int, configuration: QuicConfiguration) -> None:
         self._socket = self._open_socket(family)
         self._quic = _Connection(configuration)
         self._opened = self._loop.create_future()
@@ -218,7 +228,7 @@ class QuicLink:
             raise
         return opened
 
-    async def _send_headers(self, endpoint: Endpoint) -> None:
+    async def _send_headers(self) -> None:
         """viaduct's greeting on the control stream. The connection's use is told by each stream, not by a header."""
         assert self._quic is not None
         message = viaduct.header_message(
@@ -582,6 +592,17 @@ class QuicLink:
             self._loop.remove_writer(self._socket)
             self._socket.close()
             self._socket = None
+
+
+async def probe(config: EdgeHubConfig, endpoint: Endpoint) -> str | None:
+    """See `link.probe`. Without headers on the control stream nobody is a node there."""
+    link = QuicLink(config)
+    try:
+        await link.shake_hands(endpoint)
+    except (LinkLost, LinkRefused) as fault:
+        return str(fault)
+    await link.close(is_polite=True)
+    return None
 
 
 class _AddressWatch:

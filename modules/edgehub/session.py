@@ -257,7 +257,8 @@ class LinkSession:
         self._unproven_redial_seconds = unproven_redial_seconds
         self._failback_seconds = failback_seconds if len(endpoints) > 1 else 0.0
         self._is_answered = is_answered
-        self._unanswered_limit = max(UNANSWERED_DIALS, len(endpoints)) if keeps_unproven else float("inf")
+        self._keeps_unproven = keeps_unproven
+        self._unanswered_limit = max(UNANSWERED_DIALS, len(endpoints))
         self._state = LinkState.CLOSED
         self._why = "starting"
         self._since = now
@@ -448,7 +449,7 @@ class LinkSession:
     def _on_unanswered(self, state: LinkState, now: float) -> list[Action]:
         self._greeting_due = None
         self._unanswered += 1
-        if self._unanswered < self._unanswered_limit:
+        if self._unanswered < self._unanswered_limit or not self._keeps_unproven:
             self._why = (
                 f"{self.endpoint} took the connection but did not answer the greeting within "
                 f"{self._greeting_seconds:g} s: rejected (node limit, certificate), or a CloudHub before 1.17"

@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 
 from modules.edgehub.config import EdgeHubConfig, Endpoint
+from modules.edgehub.dialect import TREE_2019
 from modules.edgehub.link import make_link
 from runtime.config import (
     EdgeHubExtras,
@@ -101,6 +102,11 @@ def test_both_or_neither_protocol_is_refused(enabled: bool) -> None:
     )
     with pytest.raises(ConfigError, match="exactly one"):
         EdgeHubConfig.from_node(node)
+
+
+def test_no_older_cloud_has_our_quic() -> None:
+    with pytest.raises(ConfigError, match=r"hubVersion: got '2019', expected 1.17 with QUIC"):
+        config(protocol="quic", dialect=TREE_2019)
 
 
 def test_the_factory_makes_the_adapter_and_refuses_a_wrong_type() -> None:

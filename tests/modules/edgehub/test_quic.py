@@ -260,6 +260,28 @@ def test_a_rejected_link_is_given_up_and_nothing_counts_as_confirmed(tmp_path: P
     run(scenario())
 
 
+def test_the_first_endpoint_is_looked_for_and_returned_to(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with cloud(tmp_path, quic_port=0) as sim, LossyLine(sim.quic_port or 0) as first:
+            first.is_silent = True
+            second = Endpoint("127.0.0.1", sim.quic_port or 0)
+            config = quic_settings(
+                sim,
+                endpoints=(Endpoint("127.0.0.1", first.port), second),
+                handshake_seconds=0.3,
+                failback_seconds=0.2,
+                retry_cap_seconds=0.1,
+            )
+            async with running(config) as (hub, _):
+                await until(lambda: hub.link_status()["endpoint"] == str(second) and state(hub) == "served", "second")
+                first.is_silent = False
+                await until(lambda: hub.link_status()["endpoint"] == f"127.0.0.1:{first.port}", "the first again")
+                await is_served(hub)
+                assert hub.counters()["moves"] == 1
+
+    run(scenario())
+
+
 def test_exactly_one_certificate_is_sent(tmp_path: Path) -> None:
     """CloudHub with authorization enforced gives no session to who sends more, or another node's."""
 

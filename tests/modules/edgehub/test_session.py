@@ -37,7 +37,11 @@ ONE, TWO = Endpoint("one", 10000), Endpoint("two", 10000)
 
 
 def session(
-    *endpoints: Endpoint, redial: float = 600.0, failback: float = 0.0, is_answered: bool = True
+    *endpoints: Endpoint,
+    redial: float = 600.0,
+    failback: float = 0.0,
+    is_answered: bool = True,
+    keeps_unproven: bool = True,
 ) -> LinkSession:
     return LinkSession(
         endpoints or (ONE,),
@@ -48,6 +52,7 @@ def session(
         unproven_redial_seconds=redial,
         failback_seconds=failback,
         is_answered=is_answered,
+        keeps_unproven=keeps_unproven,
         now=0.0,
     )
 
@@ -205,6 +210,15 @@ def test_after_three_unanswered_greetings_the_link_stays_unproven() -> None:
     assert link.is_open, "uploads go to an old CloudHub all the same"
     assert "answered none of 3 greetings" in link.why
     assert link.expire(now=now + 10.0) == [Keepalive()]
+
+
+def test_where_unproven_links_are_of_no_use_each_unanswered_one_is_closed() -> None:
+    link = session(keeps_unproven=False)
+    for _ in range(3 * UNANSWERED_DIALS):
+        now = open_(link) + 5.0
+        assert link.expire(now=now) == [Hangup("greeting unanswered")]
+        link.receive(Lost("greeting unanswered"), now=now)
+        assert "did not answer the greeting" in link.why
 
 
 def test_anything_from_the_cloud_proves_an_unproven_link() -> None:
