@@ -279,6 +279,28 @@ def exec_(context: typer.Context) -> None:
     command.main(context.args)
 
 
+config_app = typer.Typer(help="Configuration files.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+
+@config_app.command("import")
+def config_import(
+    file: Annotated[Path, typer.Argument(help="KubeEdge's edge.yaml of 2019; modules.yaml beside it is read too.")],
+    output: Annotated[
+        str,
+        typer.Option("--output", "-o", help="Default: EDGEZMQ_HOME/edgecore.yaml; - for stdout.", show_default=False),
+    ] = "",
+    cloud: Annotated[
+        str, typer.Option(help="How old the CloudHub is that this node talks to: 2019, 1.16 (before 1.17) or 1.17.")
+    ] = "2019",
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+) -> None:
+    """Make an edgecore.yaml of an edge.yaml, and name every key that has no place in it."""
+    from runtime.cli import importing as command
+
+    command.import_2019(file, output, cloud=cloud, force=force)
+
+
 keys_app = typer.Typer(help="CURVE keys for modules that reach the bus over tcp.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 

@@ -225,7 +225,8 @@ def certificates(config: NodeConfig, now: datetime) -> Iterator[Finding]:
         if subject == "certificate":
             if Path(name).read_bytes().count(b"-----BEGIN CERTIFICATE-----") > 1:
                 yield Finding(subject, "fail", f"{name} holds several certificates", "leave only the node's own in it")
-            yield common_name(_common_name(certificate), config.node_name)
+            if config.runtime.edgehub.hub_version != "2019":  # then all nodes had one name
+                yield common_name(_common_name(certificate), config.node_name)
     try:
         load_identity(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), config)
     except EncryptedKey as fault:

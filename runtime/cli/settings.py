@@ -63,11 +63,11 @@ def dump(document: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(document), sort_keys=False)
 
 
-def write(path: Path, text: str) -> None:
-    """A configuration (mode 0640, for it may hold a token), in one step. Raises OSError."""
+def write(path: Path, text: str, *, mode: int = 0o640) -> None:
+    """A configuration (not for everybody, for it may hold a token), in one step. Raises OSError."""
     scratch = path.with_name(f".{path.name}.new")
     scratch.unlink(missing_ok=True)
-    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -77,11 +77,15 @@ def write(path: Path, text: str) -> None:
 
 def read(path: Path) -> tuple[NodeConfig, list[str]]:
     """The checked configuration in `path`, and warnings. Raises ConfigError, OSError."""
+    return from_edgecore(parse(path), directory=path.absolute().parent)
+
+
+def parse(path: Path) -> object:
+    """The YAML document in `path`. Raises ConfigError, OSError."""
     data = path.read_bytes()
     if len(data) > MAX_FILE_BYTES:
         raise ConfigError(str(path), f"{len(data)} bytes", f"at most {MAX_FILE_BYTES} bytes")
     try:
-        document = yaml.load(data, _Loader)
+        return yaml.load(data, _Loader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as fault:
         raise ConfigError(str(path), " ".join(str(fault).split()), "YAML") from fault
-    return from_edgecore(document, directory=path.absolute().parent)
