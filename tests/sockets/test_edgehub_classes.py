@@ -5,6 +5,7 @@ import json
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,10 +62,10 @@ def test_signals_pass_a_backlog_on_a_narrow_line_and_no_keepalive_is_missed(
         async with cloud(tmp_path / "cloud", keepalive_seconds=3.0) as sim:
             record = sim.recorder.message
 
-            def watch(node: str, module: str, message: CloudMessage, payload: bytes, at: float) -> None:
+            def watch(node: str, module: str, message: CloudMessage, payload: bytes, *more: Any) -> None:
                 if b'"signal":' in payload:
                     arrived[json.loads(payload)["content"]["signal"]] = time.monotonic()
-                record(node, module, message, payload, at)
+                record(node, module, message, payload, *more)
 
             monkeypatch.setattr(sim.recorder, "message", watch)
             with NarrowLine(sim.port, RATE) as line:
