@@ -279,10 +279,10 @@ def _pem(der: bytes) -> bytes:
 # --- the process ------------------------------------------------------------------------------------------
 
 
-def work(job: Job) -> Outcome:
+async def work(job: Job) -> Outcome:
     """Do it; never raises for what the cloud, the files or the settings do."""
     try:
-        return Outcome(issued=asyncio.run(enrol(job)))
+        return Outcome(issued=await enrol(job))
     except NotEnrolled as refusal:
         return Outcome(code=refusal.code, text=refusal.text)
     except EdgezmqError as fault:
@@ -291,7 +291,7 @@ def work(job: Job) -> Outcome:
 
 def main() -> None:
     job = msgspec.json.decode(sys.stdin.buffer.read(MAX_JOB_BYTES), type=Job)
-    sys.stdout.buffer.write(msgspec.json.encode(work(job)))
+    sys.stdout.buffer.write(msgspec.json.encode(asyncio.run(work(job))))
     sys.stdout.flush()
 
 

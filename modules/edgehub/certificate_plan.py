@@ -157,7 +157,8 @@ class CertificatePlan:
                 return self.joining()
             return f"{seen.why}. Lay valid files there, or join with a token (edgezmq join): they are noticed"
         left = seen.not_after - wall
-        if left > min(ALARM_SECONDS, ALARM_SHARE * (seen.not_after - seen.not_before)):
+        is_near = left <= min(ALARM_SECONDS, ALARM_SHARE * (seen.not_after - seen.not_before))
+        if not is_near and self.refusal is None:
             return None
         text = f"the certificate expires in {show_span(left)} ({show_time(seen.not_after)})"
         if not self._may_renew:

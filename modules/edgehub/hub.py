@@ -274,8 +274,10 @@ class EdgeHub(Module):
 
     def _use_new_certificate(self) -> None:
         """The link that is there goes on under the old one until a quiet moment."""
-        self.dial_now()
-        self.reconnect_quietly("a new certificate")
+        if self._session.state is LinkState.CLOSED:
+            self.dial_now()
+        else:
+            self.reconnect_quietly("a new certificate")
 
     async def stop(self) -> None:
         """Let the cloud confirm what it was given, say goodbye, end every task."""

@@ -57,7 +57,10 @@ def finish_replacement(config: EdgeHubConfig) -> None:
         if files.recover():
             log.info("finished a replacement of the certificate that was cut short file=%s", files.cert)
     except (OSError, ValueError) as fault:
-        raise LinkRefused(f"{files.journal}: a replacement was cut short and cannot be finished: {fault}") from fault
+        raise LinkRefused(
+            f"{files.journal}: a replacement was cut short and cannot be finished: {fault}. "
+            "Remove that file, and join anew if certificate and key do not fit"
+        ) from fault
 
 
 def check_certificate(config: EdgeHubConfig, *, now: float) -> Certificate:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,7 @@ from modules.edgehub.link import Link, LinkEvent, LinkLost, Passed, Received, ma
 from modules.edgehub.outbox import Class
 from runtime.client import Presence
 from runtime.emp import Priority
+from runtime.enrolment import Job, Outcome
 from runtime.errors import Refused
 from runtime.message import Delivery, Message, current_handling, from_cloud_json, to_cloud_json
 
@@ -252,10 +253,14 @@ class FakeLink:
 
 @asynccontextmanager
 async def running(
-    config: EdgeHubConfig, *, seed: int = 1, factory: Callable[[EdgeHubConfig], Link] = make_link
+    config: EdgeHubConfig,
+    *,
+    seed: int = 1,
+    factory: Callable[[EdgeHubConfig], Link] = make_link,
+    enrol: Callable[[Job], Awaitable[Outcome]] | None = None,
 ) -> AsyncIterator[tuple[EdgeHub, FakeBus]]:
     """An EdgeHub on a fake bus, started; stopped at the end as the SDK does it."""
-    hub, bus = EdgeHub(config, chance=random.Random(seed), factory=factory), FakeBus()
+    hub, bus = EdgeHub(config, chance=random.Random(seed), factory=factory, enrol=enrol), FakeBus()
     hub.bus = bus  # type: ignore[assignment]
     async with asyncio.TaskGroup() as tasks:
         hub.tasks = tasks
