@@ -99,6 +99,7 @@ class Delivery:
     session: int
     lane: int
     first: int
+    "That is meant for the module: its `from`."
     last: int
     mark: int
     "The record's end when it was delivered."
@@ -293,7 +294,7 @@ class ModuleStage(Stage):
             fields += [[list(each) for each in void], flags, *more]
         last = first + count - 1
         self.referee.deliver(session, lane, last)
-        delivery = Delivery(session, lane, first, last, self.mark)
+        delivery = Delivery(session, lane, from_, last, self.mark)
         self.tell(self.connection, emp.DELIVER, pack(*fields), wire.packed(*messages) if body is None else body)
         return delivery
 
