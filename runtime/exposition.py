@@ -113,6 +113,15 @@ METRICS: Final = (
         ("reason",),
     ),
     Metric("edgezmq_outbox_missing_messages", "gauge", "What edgehub's account lacks: 0 or below, or it is a bug."),
+    Metric(
+        "edgezmq_certificate_expiry_timestamp_seconds",
+        "gauge",
+        "When the node's certificate expires, in seconds since 1970; 0: there is none.",
+    ),
+    Metric("edgezmq_certificate_usable", "gauge", "1 while it can be dialled with: there, this node's, in its time."),
+    Metric("edgezmq_certificate_joins_total", "counter", "Certificates got with a token."),
+    Metric("edgezmq_certificate_rotations_total", "counter", "Certificates renewed in time."),
+    Metric("edgezmq_certificate_refusals_total", "counter", "Tries of both that came to nothing."),
     # eventbus.
     Metric("edgezmq_mqtt_connected", "gauge", "1 when the MQTT broker is connected.", ("server",)),
     Metric(
@@ -344,6 +353,11 @@ _OF_EDGEHUB: Final = (
     ("edgezmq_outbox_accepted_messages_total", "accepted", 1),
     ("edgezmq_outbox_confirmed_messages_total", "confirmed", 1),
     ("edgezmq_outbox_given_up_messages_total", "given_up", 1),
+    ("edgezmq_certificate_expiry_timestamp_seconds", "certificate_not_after", 1),
+    ("edgezmq_certificate_usable", "certificate_usable", 1),
+    ("edgezmq_certificate_joins_total", "certificate_joins", 1),
+    ("edgezmq_certificate_rotations_total", "certificate_rotations", 1),
+    ("edgezmq_certificate_refusals_total", "certificate_refusals", 1),
 )
 _DROPPED: Final = "dropped_"
 

@@ -16,8 +16,9 @@ from runtime.enrolment import PASSING, RotationSchedule, show_time
 
 ALARM_SECONDS: Final = 30 * 86_400.0
 "Weeks before the end: renewing may need a person."
-ALARM_SHARE: Final = 0.1
-"Of the lifetime, where that is less: certificates of a week are renewed by the day."
+_SHORT_LIFE_SECONDS: Final = 7 * 86_400.0
+_ALARM_SHARE: Final = 0.1
+"Certificates of a week are renewed by the day: of them only the last tenth is alarming."
 
 _LOOK_SECONDS: Final = 60.0
 _LOOK_ANXIOUSLY_SECONDS: Final = 5.0
@@ -157,8 +158,9 @@ class CertificatePlan:
                 return self.joining()
             return f"{seen.why}. Lay valid files there, or join with a token (edgezmq join): they are noticed"
         left = seen.not_after - wall
-        is_near = left <= min(ALARM_SECONDS, ALARM_SHARE * (seen.not_after - seen.not_before))
-        if not is_near and self.refusal is None:
+        lifetime = seen.not_after - seen.not_before
+        is_short = self._may_renew and lifetime <= _SHORT_LIFE_SECONDS
+        if left > (_ALARM_SHARE * lifetime if is_short else ALARM_SECONDS) and self.refusal is None:
             return None
         text = f"the certificate expires in {show_span(left)} ({show_time(seen.not_after)})"
         if not self._may_renew:

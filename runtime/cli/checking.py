@@ -30,6 +30,7 @@ from runtime import __version__
 from runtime.cli import settings
 from runtime.cli.node import NODE_LOCK, NodeError, check_path_lengths, find_supervisord_conf
 from runtime.config import EdgeHubExtras, NodeConfig
+from runtime.enrolment_files import FileSet
 from runtime.errors import ConfigError, EdgezmqError
 from runtime.home import Home, find_home
 from runtime.locks import holder
@@ -193,8 +194,16 @@ def disk(path: Path, free_bytes: int) -> Finding:
 def certificates(config: NodeConfig, now: datetime) -> Iterator[Finding]:
     """The node's three files: there, readable, of this node, in their time, and belonging together."""
     hub = config.edge_hub
-    advice = "copy them from KubeEdge (keadm join makes them), or set the tls…File keys of modules.edgeHub"
+    advice = (
+        "get them with a token (edgezmq join), copy them from KubeEdge, or set the tls…File keys of modules.edgeHub"
+    )
     missing = False
+    files = FileSet(hub.tls_ca_file, hub.tls_cert_file, hub.tls_private_key_file)
+    if hub.token and not files.exists:
+        yield Finding(
+            "certificate", "ok", f"none yet; edgehub joins with modules.edgeHub.token at {config.certificate_server()}"
+        )
+        return
     for key, name in (
         ("tlsCaFile", hub.tls_ca_file),
         ("tlsCertFile", hub.tls_cert_file),
@@ -221,7 +230,9 @@ def certificates(config: NodeConfig, now: datetime) -> Iterator[Finding]:
         except ValueError as fault:
             yield Finding(subject, "fail", f"{name} is no PEM certificate: {fault}", "replace the file")
             continue
-        yield lifetime(subject, certificate.not_valid_before_utc, certificate.not_valid_after_utc, now)
+        is_renewed = hub.rotate_certificates and subject == "certificate"
+        begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+        yield lifetime(subject, begin, end, now, is_renewed=is_renewed)
         if subject == "certificate":
             if Path(name).read_bytes().count(b"-----BEGIN CERTIFICATE-----") > 1:
                 yield Finding(subject, "fail", f"{name} holds several certificates", "leave only the node's own in it")
@@ -290,7 +301,7 @@ def _common_name(certificate: Any) -> str:
     return str(names[0].value) if names else ""
 
 
-def lifetime(subject: str, begin: datetime, end: datetime, now: datetime) -> Finding:
+def lifetime(subject: str, begin: datetime, end: datetime, now: datetime, *, is_renewed: bool = False) -> Finding:
     if now < begin:
         return Finding(
             subject,
@@ -300,11 +311,19 @@ def lifetime(subject: str, begin: datetime, end: datetime, now: datetime) -> Fin
         )
     if now >= end:
         return Finding(
-            subject, "fail", f"expired on {end:%Y-%m-%d %H:%M} UTC", "get a new one: the cloud refuses this one"
+            subject,
+            "fail",
+            f"expired on {end:%Y-%m-%d %H:%M} UTC",
+            "get a new one, for the cloud refuses this one: edgezmq join, with a token",
         )
     days = (end - now).days
     if days < EXPIRY_WARNING_DAYS:
-        return Finding(subject, "warn", f"expires in {days} days, on {end:%Y-%m-%d}", "renew it now")
+        return Finding(
+            subject,
+            "warn",
+            f"expires in {days} days, on {end:%Y-%m-%d}",
+            "edgehub renews it in time; edgezmq status says when, or why not" if is_renewed else "renew it now",
+        )
     return Finding(subject, "ok", f"valid until {end:%Y-%m-%d}")
 
 

@@ -69,9 +69,9 @@ def up(named: Path | None, *, detach: bool) -> None:
 
 
 def _missing_files(config: NodeConfig) -> Iterator[str]:
-    """Not an error here: the node runs without the cloud until the files are there."""
+    """Not an error here: the node runs without the cloud until the files are there, or joins by itself."""
     hub = config.edge_hub
-    if hub.enable:
+    if hub.enable and not hub.token:
         for key, path in (
             ("tlsCaFile", hub.tls_ca_file),
             ("tlsCertFile", hub.tls_cert_file),

@@ -217,6 +217,9 @@ def _link_problems(link: dict[str, Any] | None) -> list[str]:
     elif state not in ("served", "unproven", "open", None):
         why = link.get("why") or link.get("reason")
         problems.append(f"no link to the cloud: {state}" + (f" ({why})" if why else ""))
+    certificate = link.get("certificate") or {}
+    if (warning := certificate.get("warning")) and warning not in (link.get("why") or ""):
+        problems.append(f"certificate: {warning}")
     if link.get("rate_limited") or link.get("bottleneck"):
         problems.append(f"uploads are held back by {link.get('bottleneck') or 'messageQPS'}")
     return problems
