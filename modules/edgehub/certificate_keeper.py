@@ -49,10 +49,11 @@ class CertificateKeeper:
         self._enrol = enrol or do_in_a_process
         self._clock = clock
         self._loop = asyncio.get_running_loop()
+        can_ask = bool(config.certificate_server) and config.dialect.issues_certificates
         self._plan = CertificatePlan(
             chance,
-            has_token=bool(config.token),
-            may_renew=config.rotate_certificates and bool(config.certificate_server),
+            has_token=can_ask and bool(config.token),
+            may_renew=can_ask and config.rotate_certificates,
         )
         self._fingerprint = b""
         self._counts: Counter[str] = Counter()

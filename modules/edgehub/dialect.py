@@ -26,6 +26,8 @@ class Dialect:
     "Whether the hub itself answers a query of `k8s/ca.crt`, which shows that a link has a session."
     names_nodes: bool = True
     "Whether a node's certificate is made out to `system:node:NAME`. Those of 2019 were all made out to `kubeedge.io`."
+    issues_certificates: bool = True
+    "Whether there is a certificate API, to join and to renew."
     owners: Mapping[str, str]
     "Message group to the module or group that owns it, on the way down."
     owners_of_user: Mapping[str, str] | None
@@ -56,6 +58,7 @@ TREE_2019: Final = Dialect(
     version="2019",
     answers_greeting=False,
     names_nodes=False,
+    issues_certificates=False,
     owners={
         "resource": Group("meta"),
         "func": Group("meta"),
