@@ -21,7 +21,7 @@ MOSQUITTO := $(shell PATH="$$PATH:/usr/sbin:/usr/local/sbin" command -v mosquitt
 MQTT_BROKER := $(if $(MOSQUITTO),,amqtt)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv amqtt demo up down status test lint types soak chaos bench bench-peers clean
+.PHONY: help venv amqtt demo up down status test lint types soak fuzz chaos bench bench-peers clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,11 @@ $(VENV)/.stamp-run: requirements.txt pyproject.toml
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-run requirements-dev.txt
 	@$(PIP) install -r requirements-dev.txt
+	@touch $@
+
+# atheris has wheels for some Pythons and machines only: beside what everybody needs.
+$(VENV)/.stamp-fuzz: $(VENV)/.stamp-dev requirements-fuzz.txt
+	@$(PIP) install --only-binary :all: -r requirements-fuzz.txt
 	@touch $@
 
 # amqtt pins an older websockets than ours: an environment of its own, and only where no mosquitto is found.
@@ -85,6 +90,9 @@ types: $(VENV)/.stamp-dev ## mypy --strict
 
 soak: $(VENV)/.stamp-dev ## Random schedules against the bus's cores, without end or as ARGS says
 	@$(PY) -m tests.soak $(ARGS)
+
+fuzz: $(VENV)/.stamp-fuzz ## Feed every decoder of outside bytes with nonsense for 2 min; ARGS="--seconds N"
+	@$(PY) -m fuzz $(ARGS)
 
 chaos: $(VENV)/.stamp-dev ## Break a loaded node in every way, count what is lost (25 min); ARGS="--json FILE"
 	@$(PY) -m chaos $(ARGS)

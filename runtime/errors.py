@@ -25,6 +25,14 @@ process serves on; *our caller's* fault (a wrong argument, a setting) is raised 
 
 from __future__ import annotations
 
+import reprlib
+
+# A value out of a file may be as large as the file, and in YAML, where parts refer to parts, larger than any memory.
+_repr = reprlib.Repr()
+_repr.maxlevel = 3
+_repr.maxstring = _repr.maxother = 200
+_repr.maxlist = _repr.maxdict = _repr.maxset = 10
+
 
 class EdgezmqError(Exception):
     """Base of all errors of this project."""
@@ -34,7 +42,7 @@ class ConfigError(EdgezmqError):
     """A setting is wrong. `key` is its dotted path, `value` what came, `rule` what was expected."""
 
     def __init__(self, key: str, value: object, rule: str) -> None:
-        super().__init__(f"{key}: got {value!r}, expected {rule}")
+        super().__init__(f"{key}: got {_repr.repr(value)}, expected {rule}")
         self.key = key
         self.value = value
         self.rule = rule

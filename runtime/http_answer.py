@@ -8,6 +8,8 @@ from typing import Final
 MAX_HEAD_BYTES: Final = 16 * 1024
 MAX_BODY_BYTES: Final = 64 * 1024
 "A certificate has 400 bytes, with RSA keys and many names a few thousand."
+_MAX_ENCODED: Final = 4
+"Chunks may make a body so many times larger."
 _MAX_CHUNK_LINE: Final = 256
 
 
@@ -35,7 +37,10 @@ class AnswerReader:
     def feed(self, data: bytes) -> Answer | None:
         """Take what came. Raises MalformedAnswer, also as soon as more has come than the limits allow."""
         self._data += data
-        return self._parse(has_ended=False)
+        answer = self._parse(has_ended=False)
+        if answer is None and len(self._data) > self._max_head_bytes + _MAX_ENCODED * self._max_body_bytes:
+            raise MalformedAnswer(f"{len(self._data)} bytes and still no end")
+        return answer
 
     def end(self) -> Answer:
         """No more comes. Raises MalformedAnswer when the answer is not whole."""

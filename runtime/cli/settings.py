@@ -26,15 +26,20 @@ class NoConfiguration(EdgezmqError):
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping: the first of the two would be lost unseen."""
+    """Refuses a key that stands twice in one mapping: the first of the two would be lost unseen.
+
+    And merges (`<<`), with which a few lines can make a mapping of a thousand million keys.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            line = key_node.start_mark.line + 1
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                raise ConfigError(f"line {line}", key_node.value, "every key written out: no merge keys")
             key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key != "<<":
+            if isinstance(key, str):
                 if key in seen:
-                    line = key_node.start_mark.line + 1
                     raise ConfigError(f"line {line}, {key}", "a second time", "each key once in its mapping")
                 seen.add(key)
         return super().construct_mapping(node, deep)

@@ -59,6 +59,10 @@ def test_an_answer_that_ends_early_is_told(data: bytes) -> None:
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n", "size xyz"),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1" * 300, "without a size"),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nabcd", "longer than its size"),
+        (
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + (b"1;" + b"x" * 200 + b"\r\na\r\n") * 2000,
+            "still no end",
+        ),
         (b"HTTP/1.1 200 OK\r\n\r\n" + bytes(65537), "more than 65536"),
         (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 17000, "header of more than"),
     ],

@@ -41,6 +41,7 @@ def test_a_named_file_that_is_not_there_is_not_replaced_by_another(tmp_path: Pat
         ("a: !!python/object/apply:os.system [id]", "YAML"),
         ("\x00", "YAML"),
         ("kind: EdgeCore\nkind: EdgeCore\n", "each key once in its mapping"),
+        ("modules: &all {a: 1}\nruntime:\n  <<: *all\n", "every key written out: no merge keys"),
     ],
 )
 def test_what_is_no_yaml_is_a_config_error(tmp_path: Path, text: str, rule: str) -> None:
