@@ -602,10 +602,14 @@ class Bus:
         self, group: Group, key: str, message: Message, *, priority: Priority = Priority.SIGNAL
     ) -> Receipt:
         """Send to a group and keep it there under `key`: members get the last version, also those that come later
-        and after the broker restarted. One module's keys are its own."""
+        and after the broker restarted. One module's keys are its own. Waits for room as `send` does."""
         if not is_group(group):
             raise UsageError(f"{group!r} is no Group")
-        lane, batch = self._core.put_retained(str(group), int(priority), key, self._encode(message))
+        data = self._encode(message)
+        lane = self._lanes.get((group, priority)) or self._new_lane(group, priority)
+        if lane.waiters or not self._core.has_room(lane, len(data)):
+            await self._wait_room(lane, len(data))
+        lane, batch = self._core.put_retained(str(group), int(priority), key, data)
         self._flush_soon()
         return Receipt(batch, lane.next - 1)
 
