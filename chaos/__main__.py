@@ -18,8 +18,9 @@ from typing import Any, Final
 
 from chaos.account import percentile
 from chaos.disk import build_shim
-from chaos.harms import CELLS, Cell
+from chaos.harms import Cell, cells_of
 from chaos.load import Load
+from chaos.places import QUIC, WEBSOCKET
 from chaos.rig import Rig, RigBroken
 from chaos.run import QUICK, Pace, Result, as_json, measure_capacity, run_cell, work
 from chaos.table import render
@@ -74,7 +75,7 @@ class Run:
         if self._rig is None or self._load is None:
             self.rigs += 1
             directory = self._directory / str(self.rigs)
-            self._rig = rig = Rig(directory, self._shim)
+            self._rig = rig = Rig(directory, self._shim, self._options.link)
             rig.start()
             self._load = load = Load(rig)
             self._warm(rig, load)
@@ -132,9 +133,11 @@ class Run:
         for result in self.results:
             p99 = percentile(result.disturbed, 0.99) if result.disturbed else None
             ratio = p99 * 1000 / base_ms if p99 is not None and base_ms else None
-            cells.append(as_json(result, ratio, p99 * 1000 if p99 is not None else None))
+            cell = as_json(result, ratio, p99 * 1000 if p99 is not None else None)
+            cells.append(cell | {"link": self._options.link})
         return {
             "seed": seed,
+            "link": self._options.link,
             "seconds": round(seconds, 1),
             "capacity_uploads_per_s": round(self.capacity[0]),
             "capacity_commands_per_s": round(self.capacity[1]),
@@ -177,8 +180,9 @@ def _is_barred(cell: dict[str, Any]) -> bool:
 
 
 def chosen(options: argparse.Namespace) -> list[Cell]:
-    cells = [cell for cell in CELLS if not options.only or cell.name in options.only]
-    unknown = set(options.only or ()) - {cell.name for cell in CELLS}
+    known = cells_of(options.link)
+    cells = [cell for cell in known if not options.only or cell.name in options.only]
+    unknown = set(options.only or ()) - {cell.name for cell in known}
     if unknown:
         raise SystemExit(f"chaos: no such cell: {', '.join(sorted(unknown))}. See: python -m chaos --list")
     return cells
@@ -197,7 +201,7 @@ def schedule(cells: Sequence[Cell], runs: int, chance: Random) -> list[Cell]:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.list:
-        for cell in CELLS:
+        for cell in cells_of(options.link):
             say(cell.name, to=sys.stdout)
         return 0
     seed = options.seed if options.seed is not None else secrets.randbelow(2**31)
@@ -206,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Interrupts().listen()
     directory = Path(tempfile.mkdtemp(prefix="ezc-", dir="/tmp"))
     started = time.monotonic()
-    say(f"seed {seed}, {len(cells)} cells")
+    say(f"seed {seed}, {len(cells)} cells, link {options.link}")
     shim, why = None, ""
     try:
         shim = build_shim(directory)
@@ -274,6 +278,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="write the results there; written anew after each cell")
     add("--runs", type=int, default=0, metavar="N", help="the long form: N cells in random order; default: each once")
     add("--seed", type=int, help="of all chances; default: a random one, printed")
+    add("--link", choices=(WEBSOCKET, QUIC), default=WEBSOCKET, help="how edgehub reaches the cloud; default: wss")
     add("--only", action="append", metavar="VICTIM:HARM", help="only this cell; may be repeated")
     add("--quick", action="store_true", help="short cells with few messages: does it work at all?")
     add("--keep-logs", action="store_true", help="of all cells, not only of those that failed")

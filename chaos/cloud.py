@@ -1,5 +1,6 @@
-"""cloudsim that writes down what it took over before it confirms it: `python -m chaos.cloud DIR PORT CONTROL RECORD`.
+"""cloudsim that writes down what it took over before it confirms it.
 
+`python -m chaos.cloud DIRECTORY PORT CONTROL_PORT RECORD LINK`
 CloudHub's promise ends with its memory (docs/cloudlink.md). Here what it took over must be known also when it is
 killed itself, so each message is in a file before its pong can go out.
 """
@@ -12,10 +13,11 @@ import signal
 import sys
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from chaos.places import NODE, TOKEN
+from chaos.places import NODE, QUIC, TOKEN
 from cloudsim import CloudSim, SimConfig
 from cloudsim.recorder import Recorder
 from cloudsim.wire import CloudMessage
@@ -37,7 +39,8 @@ class WritingRecorder(Recorder):
         found = TOKEN.search(payload)
         if found is not None:
             content = message.content
-            crc = zlib.crc32(content.encode()) if isinstance(content, str) else 0
+            data = content.encode() if isinstance(content, str) else content if isinstance(content, bytes) else b""
+            crc = zlib.crc32(data)
             line = f"M {time.monotonic():.4f} {message.header.msg_id} {crc} {found[0].decode()}\n"
             os.write(self._fd, line.encode())
 
@@ -52,16 +55,17 @@ class WritingRecorder(Recorder):
         os.write(self._fd, f"K {time.monotonic():.4f} 0\n".encode())
 
 
-async def serve(directory: Path, port: int, control_port: int, record: Path) -> None:
+async def serve(directory: Path, port: int, control_port: int, record: Path, link: str) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    sim = CloudSim(SimConfig(directory=directory, port=port, control_port=control_port, nodes=(NODE,)))
+    config = SimConfig(directory=directory, port=port, control_port=control_port, nodes=(NODE,))
+    sim = CloudSim(replace(config, port=0, quic_port=port) if link == QUIC else config)
     sim.recorder = sim.shell.recorder = WritingRecorder(record)
     async with sim:
         await stop.wait()
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])))
+    asyncio.run(serve(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]), sys.argv[5]))

@@ -15,6 +15,7 @@ from random import Random
 from typing import Final
 
 from chaos.load import Load
+from chaos.places import QUIC
 from chaos.rig import PROGRAMS, Rig
 
 EVERYTHING: Final = "everything"
@@ -245,6 +246,8 @@ DROPPED: Final = Harm("dropped", _order("drop"), is_kill=True)
 HALF_OPEN: Final = Harm("half-open", _order("half-open"), is_kill=True)
 STALLED: Final = Harm("stalled", _order("stall"), _order("pass"), (3.0, 5.0))
 THROTTLED: Final = Harm("throttled", _order("throttle", bytes_per_second=60_000), _order("pass"), (4.0, 5.0))
+LOSSY: Final = Harm("lossy", _order("lossy", loss=0.03, reorder=0.05), _order("pass"), (4.0, 5.0))
+"Of datagrams, so for QUIC only: a relay of TCP cannot lose anything."
 RESTART: Final = Harm("restart", _restart_hub, None, (2.0, 2.0))
 POWER_LOSS: Final = Harm("power loss", _lose_power, is_kill=True, needs_shim=True)
 POWER_LOSS_OFFLINE: Final = Harm(
@@ -254,7 +257,7 @@ POWER_LOSS_OFFLINE: Final = Harm(
 _SIGNALS: Final = (SIGKILL, SIGSTOP, SIGTERM)
 _CLOCKS: Final = (CLOCK_FORWARD, CLOCK_BACK)
 
-MATRIX: Final[Sequence[tuple[str, Sequence[Harm]]]] = (
+_MATRIX: Final[Sequence[tuple[str, Sequence[Harm]]]] = (
     ("broker", (*_SIGNALS, SIGSTOP_LONG, SIGSTOP_PAST_LIVENESS, SIGKILL_DISK_FULL, *_CLOCKS)),
     ("edgehub", (*_SIGNALS, SIGSTOP_PAST_LIVENESS, SIGKILL_OFFLINE, SIGKILL_DISK_FULL, DISK_FULL_OFFLINE, *_CLOCKS)),
     ("eventbus", (*_SIGNALS, SIGSTOP_PAST_LIVENESS, SIGKILL_DISK_FULL, *_CLOCKS)),
@@ -268,4 +271,12 @@ MATRIX: Final[Sequence[tuple[str, Sequence[Harm]]]] = (
     ("link", (DROPPED, HALF_OPEN, STALLED, THROTTLED)),
     (EVERYTHING, (SIGKILL, SIGSTOP, SIGTERM, DISK_FULL_OFFLINE, *_CLOCKS, POWER_LOSS, POWER_LOSS_OFFLINE)),
 )
-CELLS: Final = tuple(Cell(victim, harm) for victim, harms in MATRIX for harm in harms)
+
+CELLS: Final = tuple(Cell(victim, harm) for victim, harms in _MATRIX for harm in harms)
+
+
+def cells_of(link: str) -> Sequence[Cell]:
+    """What can be done where the cloud is reached by `link`."""
+    if link != QUIC:
+        return CELLS
+    return *CELLS, Cell("link", LOSSY)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from chaos.disk import Control, Disk
-from chaos.places import NODE
+from chaos.places import NODE, QUIC, WEBSOCKET
 from chaos.tail import Tail
 from demo.children import Child
 from demo.stage import find_mosquitto, free_port, listens
@@ -38,6 +38,7 @@ RESTART_SECONDS: Final = 0.3
 PROGRAMS: Final = ("broker", "edgehub", "eventbus", "watchdog", "maker", "keeper", "asker", "answerer")
 MODULES: Final = ("maker", "keeper", "asker", "answerer")
 NODE_LOCK: Final = "node"
+ELSEWHERE_NICE: Final = 10
 LEDGER_SECONDS: Final = 5.0
 _LIFE: Final = re.compile(rb" (attached|back|silent|fenced|gone) module=")
 
@@ -63,8 +64,8 @@ modules:
     tlsCaFile: {cloud}/ca.crt
     tlsCertFile: {cloud}/{node}.crt
     tlsPrivateKeyFile: {cloud}/{node}.key
-    websocket: {{enable: true, server: 127.0.0.1:{cloud_port}}}
-    quic: {{enable: false}}
+    websocket: {{enable: {websocket}, server: 127.0.0.1:{cloud_port}}}
+    quic: {{enable: {quic}, server: 127.0.0.1:{cloud_port}}}
   eventBus:
     mqttMode: 2
     mqttServerExternal: tcp://127.0.0.1:{mqtt_port}
@@ -95,15 +96,24 @@ class RigBroken(Exception):
     """A part does not start or does not answer: the cells of this rig cannot go on."""
 
 
-class Relay:
-    """The process of chaos.relay."""
+def _stand_aside(pid: int) -> None:
+    """For what is not on the node's machine in truth: where there are too few cores, the node's processes come first."""
+    os.setpriority(os.PRIO_PROCESS, pid, ELSEWHERE_NICE)
 
-    def __init__(self, listen: int, target: int, log: Path, record: Path | None = None) -> None:
-        words = [sys.executable, "-m", "chaos.relay", str(listen), str(target), *([str(record)] if record else [])]
+
+class Relay:
+    """The process of chaos.relay, or, for QUIC, of chaos.udp_relay."""
+
+    def __init__(
+        self, listen: int, target: int, log: Path, record: Path | None = None, *, is_udp: bool = False
+    ) -> None:
+        module = "chaos.udp_relay" if is_udp else "chaos.relay"
+        words = [sys.executable, "-m", module, str(listen), str(target), *([str(record)] if record else [])]
         with log.open("ab") as errors:
             self._process = subprocess.Popen(
                 words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
             )
+        _stand_aside(self._process.pid)
         self.port = int(self._answer()["port"])
 
     def order(self, what: str, **facts: Any) -> None:
@@ -140,8 +150,10 @@ class Relay:
 class Rig:
     """`start`, then break it; `tend` it now and then; `close` leaves no process behind."""
 
-    def __init__(self, directory: Path, shim: Path | None) -> None:
+    def __init__(self, directory: Path, shim: Path | None, link: str = WEBSOCKET) -> None:
+        """`link`: what joins edgehub and the cloud, `wss` or `quic`."""
         self.directory = directory
+        self.protocol = link
         self.disk = Disk(directory / "disk", directory / "shadow")
         self.home = Home(self.disk.root / "node")
         self.control = Control(directory / "control")
@@ -181,14 +193,19 @@ class Rig:
         self.set_rates(0.0, 0.0)
         self._start_cloud()
         self._start_mqtt_conf()
-        self.link = Relay(0, self._cloud_port, self.log / "link.log")
+        self.link = Relay(0, self._cloud_port, self.log / "link.log", is_udp=self.protocol == QUIC)
         self.mqtt_link = Relay(0, self.mqtt_port, self.log / "mqtt-link.log", self.record / "mqtt")
         worker = Path(__file__).with_name("worker.py")
         for name in MODULES:
             (self.home.modules / f"{name}.conf").write_text(PROGRAM.format(name=name, worker=worker))
         (self.home.path / "edgecore.yaml").write_text(
             EDGECORE.format(
-                node=NODE, cloud=self._cloud_directory, cloud_port=self.link.port, mqtt_port=self.mqtt_link.port
+                node=NODE,
+                cloud=self._cloud_directory,
+                cloud_port=self.link.port,
+                mqtt_port=self.mqtt_link.port,
+                websocket=str(self.protocol == WEBSOCKET).lower(),
+                quic=str(self.protocol == QUIC).lower(),
             )
         )
         if self.shim is not None:
@@ -199,7 +216,9 @@ class Rig:
 
     def _start_cloud(self, *, waits: bool = True) -> None:
         words = [str(self._cloud_directory), str(self._cloud_port), str(self.control_port), str(self.record / "cloud")]
+        words.append(self.protocol)
         self.cloud = Child("cloudsim", [sys.executable, "-m", "chaos.cloud", *words], log=self.log / "cloudsim.log")
+        _stand_aside(self.cloud.pid)
         if waits:
             self._wait(lambda: listens(self.control_port), "cloudsim")
 
