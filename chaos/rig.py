@@ -97,7 +97,7 @@ class RigBroken(Exception):
 
 
 def _stand_aside(pid: int) -> None:
-    """For what is not on the node's machine in truth: where there are too few cores, the node's processes come first."""
+    """For what is not on the node's machine in truth: where cores are few, the node's processes come first."""
     os.setpriority(os.PRIO_PROCESS, pid, ELSEWHERE_NICE)
 
 
