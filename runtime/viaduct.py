@@ -110,6 +110,11 @@ class PackageReader:
         """Whether the stream may end here without cutting anything short."""
         return self._size is None and not self._head and not self._use_type
 
+    @property
+    def held_bytes(self) -> int:
+        """What is kept of a payload that is not whole."""
+        return len(self._gathered)
+
     def receive(self, data: bytes) -> list[Package]:
         """The payloads that are now whole. Raises ViaductFault (OtherUse); then it is of no use any more."""
         whole: list[Package] = []

@@ -31,6 +31,7 @@ from aioquic.tls import AlertDescription, load_pem_private_key, load_pem_x509_ce
 from cryptography.exceptions import UnsupportedAlgorithm
 
 from modules.edgehub import cloud, tls
+from modules.edgehub.addresses import AddressWatch
 from modules.edgehub.config import EdgeHubConfig, Endpoint
 from modules.edgehub.dialling import Unreachable, interleaved, resolve
 from modules.edgehub.link import Decoded, LinkEvent, LinkLost, LinkRefused, Passed, Received, SkippedMessage
@@ -149,19 +150,20 @@ class QuicLink:
         self._lanes: dict[Class, _Lane] = {}
         self._idle_streams: deque[int] = deque()  # message streams that the cloud opened and we do not write on
         self._ignored: set[int] = set()
+        self._partial_bytes_max = 2 * config.max_frame_bytes  # KubeEdge writes one message after another
         self._barriers: dict[str, int] = {}  # by the id of the query that stands for it
         self._inbox: list[LinkEvent] = []
         self._inbox_bytes = 0
         self._arrival: asyncio.Future[None] | None = None
         self._lost: LinkLost | None = None
-        self._addresses: _AddressWatch | None = None
+        self._addresses: AddressWatch | None = None
         self._moved_at = float("-inf")
 
     # --- Link ----------------------------------------------------------------------------------
 
     async def open(self, endpoint: Endpoint) -> None:
         await self._bounded(endpoint, self._open(endpoint))
-        self._addresses = _AddressWatch(self._loop, self._check_address)
+        self._addresses = AddressWatch(self._loop, self._check_address)
 
     async def shake_hands(self, endpoint: Endpoint) -> None:
         """As far as TLS: a connection that belongs to no node. Raises as `open` does."""
@@ -210,7 +212,7 @@ class QuicLink:
         self._socket = self._open_socket(family)
         self._quic = _Connection(configuration)
         self._opened = self._loop.create_future()
-        self._loop.add_reader(self._socket, self._read)
+        self._loop.add_reader(self._socket, self._turn, self._read)
         self._quic.connect(self._peer, now=self._loop.time())
         self._transmit()
         await self._opened
@@ -322,6 +324,14 @@ class QuicLink:
 
     # --- datagrams -----------------------------------------------------------------------------
 
+    def _turn(self, step: Callable[[], None]) -> None:
+        """What the loop calls. A fault in the step, on bytes from outside, ends the link rather than hang it."""
+        try:
+            step()
+        except Exception as fault:
+            log.exception("the QUIC link cannot go on")
+            self._break(f"QUIC: {type(fault).__name__}: {fault}")
+
     def _read(self) -> None:
         """All datagrams that have come, then their events, then what they let us send."""
         if self._socket is None or self._quic is None:
@@ -335,10 +345,6 @@ class QuicLink:
             pass
         except OSError as fault:
             self._on_socket_fault(fault)
-        except Exception as fault:  # of aioquic, on bytes from outside: a state that nobody can go on from
-            log.exception("QUIC: the link cannot go on")
-            self._break(f"QUIC: {type(fault).__name__}: {fault}")
-            return
         self._take_events()
         self._transmit()
 
@@ -346,7 +352,7 @@ class QuicLink:
         """Once for everything that is written in this turn of the loop."""
         if not self._is_transmit_due:
             self._is_transmit_due = True
-            self._loop.call_soon(self._transmit_due)
+            self._loop.call_soon(self._turn, self._transmit_due)
 
     def _transmit_due(self) -> None:
         self._is_transmit_due = False
@@ -373,7 +379,7 @@ class QuicLink:
             self._socket.send(datagram)
         except BlockingIOError:
             self._unsent.append(datagram)
-            self._loop.add_writer(self._socket, self._flush)
+            self._loop.add_writer(self._socket, self._turn, self._flush)
         except OSError as fault:
             self._on_socket_fault(fault)  # lost, as on the way
 
@@ -394,7 +400,7 @@ class QuicLink:
             if due is not None and self._timer.when() <= due:
                 return
             self._timer.cancel()
-        self._timer = None if due is None else self._loop.call_at(due, self._on_timer)
+        self._timer = None if due is None else self._loop.call_at(due, self._turn, self._on_timer)
 
     def _on_timer(self) -> None:
         assert self._timer is not None
@@ -451,6 +457,8 @@ class QuicLink:
             self._take_packages(stream_id, fault.packages)
             self._break(f"CloudHub broke viaduct's framing on stream {stream_id}: {fault}")
             return
+        if len(self._readers) > 1 and sum(each.held_bytes for each in self._readers.values()) > self._partial_bytes_max:
+            self._break("CloudHub sends too many large messages at once")
         if event.end_stream:
             if not reader.is_between_packages:
                 self._break(f"CloudHub ended stream {stream_id} within a package")
@@ -544,7 +552,7 @@ class QuicLink:
         log.info("link moves to another local address from=%s to=%s", self._local(), opened.getsockname()[0])
         self._close_socket()
         self._socket = opened
-        self._loop.add_reader(opened, self._read)
+        self._loop.add_reader(opened, self._turn, self._read)
         self._quic.change_connection_id()
         self._quic.send_ping(0)
         self._transmit()
@@ -603,56 +611,6 @@ async def probe(config: EdgeHubConfig, endpoint: Endpoint) -> str | None:
         return str(fault)
     await link.close(is_polite=True)
     return None
-
-
-class _AddressWatch:
-    """Calls back when the kernel changes an address or a route of this machine (rtnetlink(7)), a little later.
-
-    Costs nothing while nothing changes. Where the kernel gives no such socket, failing sends tell.
-    """
-
-    _SETTLE_SECONDS = 0.2  # several changes come together
-    _GROUPS = 0x10 | 0x40 | 0x100 | 0x400  # RTMGRP_IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, changed: Callable[[], None]) -> None:
-        self._loop = loop
-        self._changed = changed
-        self._timer: asyncio.TimerHandle | None = None
-        self._socket: socket.socket | None = None
-        try:
-            self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
-            self._socket.setblocking(False)
-            self._socket.bind((0, self._GROUPS))
-        except OSError as fault:
-            log.debug("changes of addresses are not told: %s", fault)
-            self.stop()
-            return
-        loop.add_reader(self._socket, self._read)
-
-    def _read(self) -> None:
-        assert self._socket is not None
-        try:
-            while self._socket.recv(_MAX_DATAGRAM_BYTES):
-                pass
-        except BlockingIOError:
-            pass
-        except OSError:  # ENOBUFS: too many to be told one by one
-            pass
-        if self._timer is None:
-            self._timer = self._loop.call_later(self._SETTLE_SECONDS, self._settled)
-
-    def _settled(self) -> None:
-        self._timer = None
-        self._changed()
-
-    def stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self._socket is not None:
-            self._loop.remove_reader(self._socket)
-            self._socket.close()
-            self._socket = None
 
 
 def _configuration(config: EdgeHubConfig, endpoint: Endpoint) -> QuicConfiguration:

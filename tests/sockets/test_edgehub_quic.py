@@ -10,7 +10,6 @@ import pytest
 from aioquic.quic import events
 
 from cloudsim.certificates import Authority
-from modules.edgehub import quic
 from modules.edgehub.config import EdgeHubConfig, Endpoint
 from modules.edgehub.link import Decoded, LinkEvent, LinkLost, LinkRefused, Passed, Received, SkippedMessage
 from modules.edgehub.outbox import Class
@@ -379,6 +378,19 @@ def test_what_is_read_gives_credit_on_many_streams_for_ever(tmp_path: Path) -> N
     run(scenario())
 
 
+def test_many_large_messages_half_sent_at_once_end_the_link(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as hub:
+            link = await opened(hub, max_frame_bytes=100_000)
+            for _ in range(3):
+                hub.node.write(hub.node.open_stream(), viaduct.package_header(90_000) + b"x" * 80_000)
+            with pytest.raises(LinkLost, match="too many large messages at once"):
+                await link.receive()
+            await link.close(is_polite=False)
+
+    run(scenario())
+
+
 # --- writing ---------------------------------------------------------------------------------------
 
 
@@ -571,27 +583,5 @@ def test_a_change_of_addresses_moves_the_link_only_if_another_one_is_better(
             assert len(hub.nodes) == 1
             assert open_socket is not None
             await link.close(is_polite=True)
-
-    run(scenario())
-
-
-def test_the_kernel_tells_of_changed_addresses_once_for_several() -> None:
-    async def scenario() -> None:
-        told: list[None] = []
-        watch = quic._AddressWatch(asyncio.get_running_loop(), lambda: told.append(None))
-        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-        near.setblocking(False)
-        try:
-            watch._socket, before = near, watch._socket
-            for _ in range(3):
-                far.send(b"a change")
-                watch._read()
-            await until(lambda: told, "the call")
-            assert len(told) == 1
-            watch._socket = before
-        finally:
-            watch.stop()
-            near.close()
-            far.close()
 
     run(scenario())
