@@ -62,6 +62,9 @@ MAX_INCOMING_STREAMS: Final = 10_000
 STREAM_WINDOW_BYTES: Final = 4 * 2**20
 CONNECTION_WINDOW_BYTES: Final = 12 * 2**20
 "What a node may send before it is read; quic-go allows 6 and 15 MiB at most."
+_MAX_DATAGRAM_BYTES: Final = 65_536
+_READ_DATAGRAMS: Final = 64
+"In one turn of the loop; then others have their turn."
 _UNSENT_BYTES: Final = 64 * 1024
 "A write to a stream returns once less than this has not gone into packets yet."
 
@@ -221,7 +224,7 @@ class Connection:
     # --- datagrams ---------------------------------------------------------------------------------
 
     def datagram(self, data: bytes, address: NetworkAddress) -> None:
-        """One has come over the network."""
+        """One has come over the network. Call `progress` behind the last of several."""
         if self._upward.is_clear:
             self._receive(data, address)
             return
@@ -229,15 +232,18 @@ class Connection:
         self._arm("upward", self._upward.next_deadline(), self._upward_due)
 
     def _receive(self, data: bytes, address: NetworkAddress) -> None:
-        if self._half_open:
-            return
-        self._quic.receive_datagram(data, address, now=time.monotonic())
+        if not self._half_open:
+            self._quic.receive_datagram(data, address, now=time.monotonic())
+
+    def progress(self) -> None:
+        """Do what the datagrams that have come ask for."""
         self._take_events()
         self._transmit()
 
     def _upward_due(self) -> None:
         for data, address in self._upward.pop(time.monotonic()):
             self._receive(data, address)
+        self.progress()
         self._arm("upward", self._upward.next_deadline(), self._upward_due)
 
     def _downward_due(self) -> None:
@@ -574,12 +580,14 @@ class Listener(asyncio.DatagramProtocol):
         self._alpn = list(alpn)
         self._max_message_bytes = max_message_bytes
         self._chance = chance
-        self._configuration = self._configure(server)
+        self.present(server)
         self._connections: dict[bytes, Connection] = {}  # by each connection id in use
         self._transport: asyncio.DatagramTransport | None = None
+        self._socket: socket.socket | None = None
         self._is_open = False
 
-    def _configure(self, server: Pair) -> QuicConfiguration:
+    def present(self, server: Pair) -> None:
+        """The server's certificate in connections made from now on."""
         configuration = QuicConfiguration(
             is_client=False,
             alpn_protocols=self._alpn or None,
@@ -589,7 +597,7 @@ class Listener(asyncio.DatagramProtocol):
             supported_versions=[QuicProtocolVersion.VERSION_1],
         )
         configuration.load_cert_chain(server.certificate, server.key)
-        return configuration
+        self._configuration = configuration
 
     async def open(self) -> None:
         """Take connections. Raises OSError, among others when the port is in use."""
@@ -603,6 +611,7 @@ class Listener(asyncio.DatagramProtocol):
                 raw.close()
                 raise
             self.port = raw.getsockname()[1]
+            self._socket = raw
             self._transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(lambda: self, sock=raw)
         self._is_open = True
 
@@ -623,7 +632,7 @@ class Listener(asyncio.DatagramProtocol):
         self._connections.clear()
         if self._transport is not None:
             self._transport.close()
-            self._transport = None
+            self._transport = self._socket = None
             await asyncio.sleep(0)  # the socket is closed in the loop's next round
 
     # --- what connections call -----------------------------------------------------------------------
@@ -649,16 +658,31 @@ class Listener(asyncio.DatagramProtocol):
     # --- asyncio ---------------------------------------------------------------------------------------
 
     def datagram_received(self, data: bytes, address: Any) -> None:
+        """asyncio reads one datagram in a turn of the loop; here all that have come are read, and then answered."""
+        concerned = {self._received(data, address): None}
+        for _ in range(_READ_DATAGRAMS):
+            if self._socket is None:
+                break
+            try:
+                concerned[self._received(*self._socket.recvfrom(_MAX_DATAGRAM_BYTES))] = None
+            except OSError:
+                break  # none is left, or asyncio will meet the fault itself
+        for connection in concerned:
+            if connection is not None:
+                connection.progress()
+
+    def _received(self, data: bytes, address: Any) -> Connection | None:
+        """The connection that a datagram was given to."""
         try:
             header = pull_quic_header(Buffer(data=data), host_cid_length=self._configuration.connection_id_length)
         except ValueError:
-            return  # not QUIC
+            return None  # not QUIC
         connection = self._connections.get(header.destination_cid)
         if connection is not None:
             connection.datagram(data, address)
-            return
+            return connection
         if not self._is_open or len(data) < SMALLEST_MAX_DATAGRAM_SIZE or header.version is None:
-            return
+            return None
         if header.version not in self._configuration.supported_versions:
             if header.packet_type is not QuicPacketType.VERSION_NEGOTIATION:
                 answer = encode_quic_version_negotiation(
@@ -668,7 +692,9 @@ class Listener(asyncio.DatagramProtocol):
                 )
                 self.send(answer, address)
         elif header.packet_type is QuicPacketType.INITIAL:
-            self._connect(header.destination_cid).datagram(data, address)
+            connection = self._connect(header.destination_cid)
+            connection.datagram(data, address)
+        return connection
 
     def error_received(self, error: Exception) -> None:
         log.info("a datagram could not be sent: %s", error)

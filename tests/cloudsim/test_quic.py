@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -431,6 +432,33 @@ def test_other_versions_are_told_which_one_is_spoken(tmp_path: Path) -> None:
             transport.close()
             assert data[1:5] == bytes(4)
             assert data[5:] == b"\x04wxyz\x08abcdefgh" + bytes.fromhex("00000001")
+
+    run(scenario())
+
+
+def test_of_many_datagrams_at_once_each_reaches_its_connection(tmp_path: Path) -> None:
+    class Counted:
+        datagrams = 0
+        turns = 0
+
+        def datagram(self, data: bytes, address: Any) -> None:
+            self.datagrams += 1
+
+        def progress(self) -> None:
+            self.turns += 1
+
+    async def scenario() -> None:
+        async with quic_cloud(tmp_path) as sim:
+            counted, identifier = Counted(), b"8 bytes!"
+            assert sim._quic is not None
+            assert sim.quic_port is not None
+            sim._quic.add(identifier, counted)  # type: ignore[arg-type]
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+                for _ in range(200):
+                    sender.sendto(b"\x40" + identifier + bytes(30), ("127.0.0.1", sim.quic_port))
+            await until(lambda: counted.datagrams == 200)
+            assert counted.turns < 10
+            sim._quic.remove(identifier)
 
     run(scenario())
 
