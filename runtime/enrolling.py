@@ -17,6 +17,7 @@ import ssl
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -31,6 +32,7 @@ from runtime.enrolment import Facts, Issued, Job, Outcome
 from runtime.enrolment_files import FileSet
 from runtime.errors import EdgezmqError, NotEnrolled
 from runtime.http_answer import Answer, AnswerReader, MalformedAnswer
+from runtime.proxy import ConnectAnswer, Proxy, ProxyRefused
 
 _READ_BYTES: Final = 16 * 1024
 MAX_JOB_BYTES: Final = 64 * 1024
@@ -56,7 +58,7 @@ async def enrol(job: Job, *, clock: Callable[[], float] = time.time) -> Issued:
     files = FileSet(job.ca_file, job.cert_file, job.key_file)
     with files.lock():
         _recover(files)
-        cloud = _Cloud(host, port, job.seconds, clock)
+        cloud = _Cloud(host, port, job, clock)
         if token is not None:
             cas = [await _fetch_ca(cloud, token)]
             # Before the token goes out: a certificate that this node takes for invalid would be of no use.
@@ -91,10 +93,11 @@ async def enrol(job: Job, *, clock: Callable[[], float] = time.time) -> Issued:
 class _Cloud:
     """One certificate API; every request over a connection of its own, bounded in time and bytes."""
 
-    def __init__(self, host: str, port: int, seconds: float, clock: Callable[[], float]) -> None:
+    def __init__(self, host: str, port: int, job: Job, clock: Callable[[], float]) -> None:
         self._host = host
         self._port = port
-        self._seconds = seconds
+        self._job = job
+        self._seconds = job.seconds
         self._clock = clock
         self.name = enrolment.show_server(host, port)
         self.date: str | None = None
@@ -110,15 +113,15 @@ class _Cloud:
                 answer = await self._exchange(context, head + body)
         except MalformedAnswer as fault:
             raise enrolment.malformed(self.name, fault) from fault
+        except ProxyRefused as fault:
+            raise NotEnrolled(enrolment.UNREACHABLE, f"{self.name}: {fault}") from fault
         except (OSError, EOFError) as fault:
             raise self._explain(fault) from fault
         self.date = answer.headers.get("date")
         return answer
 
     async def _exchange(self, context: ssl.SSLContext, request: bytes) -> Answer:
-        reader, writer = await asyncio.open_connection(
-            self._host, self._port, ssl=context, server_hostname=self._host, limit=_READ_BYTES
-        )
+        reader, writer = await self._connect(context)
         try:
             writer.write(request)
             answers = AnswerReader()
@@ -135,6 +138,48 @@ class _Cloud:
             writer.transport.abort()  # one answer was all: no goodbyes that a broken peer might not give
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
+
+    async def _connect(self, context: ssl.SSLContext) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        name, proxy = self._job.server_name or self._host, self._job.proxy
+        if proxy is None:
+            return await asyncio.open_connection(
+                self._host, self._port, ssl=context, server_hostname=name, limit=_READ_BYTES
+            )
+        reader, writer = await self._reach(proxy)
+        try:
+            writer.write(self._with_password(proxy).request(self._host, self._port))
+            answer, is_open = ConnectAnswer(proxy), False
+            while not is_open:
+                data = await reader.read(_READ_BYTES)
+                if not data:
+                    raise answer.end()
+                is_open = answer.receive(data)
+            await writer.start_tls(context, server_hostname=name)
+        except BaseException:
+            writer.transport.abort()
+            raise
+        return reader, writer
+
+    async def _reach(self, proxy: Proxy) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """The proxy itself. Raises ProxyRefused."""
+        try:
+            context = ssl.create_default_context(cafile=self._job.proxy_ca_file or None) if proxy.is_tls else None
+            return await asyncio.open_connection(
+                proxy.host, proxy.port, ssl=context, server_hostname=proxy.host if context else None, limit=_READ_BYTES
+            )
+        except TimeoutError:
+            raise
+        except OSError as fault:
+            raise ProxyRefused(f"the proxy {proxy} cannot be reached: {fault.strerror or fault}") from fault
+
+    def _with_password(self, proxy: Proxy) -> Proxy:
+        path = self._job.proxy_password_file
+        if not path:
+            return proxy
+        try:
+            return proxy.with_password(Path(path).read_text(encoding="utf-8").rstrip("\r\n"))
+        except (OSError, UnicodeDecodeError) as fault:
+            raise ProxyRefused(f"runtime.edgehub.proxyPasswordFile {path}: {fault}") from fault
 
     def _explain(self, fault: Exception) -> NotEnrolled:
         where = self.name

@@ -24,6 +24,7 @@ import msgspec
 
 from runtime.errors import ConfigError, NotEnrolled
 from runtime.http_answer import Answer, printable
+from runtime.proxy import Proxy
 
 # --- why no certificate came: the codes of NotEnrolled -------------------------------------------------
 
@@ -72,6 +73,13 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     token: str = ""
     seconds: float = 30.0
     "For each request, name resolution and TLS included."
+    server_name: str = ""
+    "The name that the server's certificate must have; empty: the server's host."
+    proxy: Proxy | None = None
+    proxy_password_file: str = ""
+    "In place of the password in `proxy`."
+    proxy_ca_file: str = ""
+    "Of an https proxy; empty: the machine's."
 
     def __repr__(self) -> str:
         return f"Job({'join' if self.token else 'renew'}, {self.server}, {self.node_name})"

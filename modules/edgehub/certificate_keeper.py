@@ -86,6 +86,10 @@ class CertificateKeeper:
             key_file=config.key_file,
             token=config.token if step is Step.JOIN else "",
             seconds=_REQUEST_SECONDS,
+            server_name=config.server_name,
+            proxy=config.proxy,
+            proxy_password_file=config.proxy_password_file,
+            proxy_ca_file=config.proxy_ca_file,
         )
         outcome = await self._enrol(job)
         if outcome.issued is not None:

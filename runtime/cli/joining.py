@@ -45,7 +45,7 @@ def join(
     if not secret:
         raise ConfigError("--token", "", f"a token (also --token-file FILE, - for stdin; or {TOKEN_VARIABLE})")
     home.prepare()
-    hub = place.config.edge_hub
+    hub, extra = place.config.edge_hub, place.config.runtime.edgehub
     job = Job(
         server=enrolment.show_server(*enrolment.parse_server(server)) if server else place.config.certificate_server(),
         node_name=place.config.node_name,
@@ -53,6 +53,10 @@ def join(
         cert_file=hub.tls_cert_file,
         key_file=hub.tls_private_key_file,
         token=secret,
+        server_name=extra.server_name,
+        proxy=place.config.cloud_proxy(),
+        proxy_password_file=extra.proxy_password_file,
+        proxy_ca_file=extra.proxy_ca_file,
     )
     try:
         issued = _persist(job, timeout_seconds)

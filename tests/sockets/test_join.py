@@ -23,7 +23,9 @@ from runtime import enrolment
 from runtime.enrolling import enrol
 from runtime.enrolment import Issued, Job, Outcome
 from runtime.errors import NotEnrolled
+from runtime.proxy import Proxy
 from tests.support.aio import run
+from tests.support.connect_proxy import ConnectProxy, proxying
 from tests.support.deadline import DEADLINE
 
 NODE = "edge-1"
@@ -141,6 +143,33 @@ def test_the_process_that_joins_is_given_its_secret_by_pipe_and_answers_in_json(
             assert outcome.issued is not None
             assert outcome.issued.common_name == f"system:node:{NODE}"
             assert done.stderr == b""
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("authorization", ["", "Basic bWU6c2VjcmV0"], ids=["open", "with a password"])
+def test_a_node_joins_through_a_proxy(tmp_path: Path, authorization: str) -> None:
+    async def scenario() -> None:
+        async with (
+            cloud(tmp_path / "cloud") as sim,
+            proxying(ConnectProxy(authorization=authorization)) as proxy,
+        ):
+            (tmp_path / "password").write_text("secret\n")
+            wanted = job(tmp_path, sim, token=sim.token(), proxy=Proxy("127.0.0.1", proxy.port, user="me"))
+            await enrol(msgspec.structs.replace(wanted, proxy_password_file=str(tmp_path / "password")))
+            assert proxy.asked == [f"127.0.0.1:{sim.certificate_port}"] * 2
+
+    run(scenario())
+
+
+def test_a_proxy_that_refuses_a_join_is_told_from_the_cloud(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with cloud(tmp_path / "cloud") as sim, proxying(ConnectProxy(authorization="Basic x")) as proxy:
+            told = await refused(job(tmp_path, sim, token=sim.token(), proxy=Proxy("127.0.0.1", proxy.port)))
+            assert told.code == enrolment.UNREACHABLE
+            assert "it wants a user and a password" in told.text
+            told = await refused(job(tmp_path, sim, token=sim.token(), proxy=Proxy("127.0.0.1", 1)))
+            assert "the proxy http://127.0.0.1:1 cannot be reached" in told.text
 
     run(scenario())
 
