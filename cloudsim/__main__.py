@@ -16,6 +16,7 @@ from pathlib import Path
 from cloudsim.certificate_api import TOKEN_SECONDS, make_token
 from cloudsim.certificates import Authority, check_node_name
 from cloudsim.config import SERVER_NAMES, SimConfig
+from cloudsim.hub import Authorization
 from cloudsim.rules import HubVersion
 from cloudsim.sim import CloudSim
 
@@ -50,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         keepalive_seconds=options.keepalive,
         node_limit=options.node_limit,
         enforce_authorization=options.authorization == "enforced",
+        debug_authorization=options.authorization == "debug",
+        has_cluster_ca=not options.no_cluster_ca,
         hub_version=HubVersion(options.hub_version),
         edgecontroller=options.edgecontroller,
         replacement_race=options.replacement_race,
@@ -140,7 +143,13 @@ def _serve_parser() -> argparse.ArgumentParser:
     add("--san", action="append", default=[], metavar="HOST", help="one more name in the server's certificate")
     add("--keepalive", type=_seconds, default=30.0, help="seconds without a keepalive until a node is dropped")
     add("--node-limit", type=int, default=None, help="nodes served at once; default 500, or 10 for 2019")
-    add("--authorization", choices=("off", "enforced"), default="off", help="check certificates against node names")
+    add(
+        "--authorization",
+        choices=[each.value for each in Authorization],
+        default=Authorization.OFF.value,
+        help="check certificates against node names, and messages; debug: tell of it and admit everything",
+    )
+    add("--no-cluster-ca", action="store_true", help="answer k8s/ca.crt with nothing in it")
     add("--hub-version", choices=[version.value for version in HubVersion], default=HubVersion.CURRENT.value)
     add("--edgecontroller", action="store_true", help="answer queries and status updates of nodes")
     add("--replacement-race", type=float, default=0.04, help="chance that a reconnect is dropped with the old one")

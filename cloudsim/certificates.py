@@ -13,12 +13,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
@@ -37,6 +37,12 @@ _USAGES: Final = {
     9: ExtendedKeyUsageOID.OCSP_SIGNING,
 }
 "Go's numbers (crypto/x509, ExtKeyUsage)."
+
+
+ServerFault = Literal["expired", "not-yet-valid", "wrong-ca", "wrong-host"]
+"What can be wrong with a server's certificate."
+ELSEWHERE: Final = "elsewhere.invalid"
+"The only name in a certificate for the wrong host."
 
 
 class Unsignable(Exception):
@@ -89,16 +95,49 @@ class Authority:
         """The hub's certificate with `hosts` as its names and addresses, made anew when they changed."""
         pair = self.pair("server")
         names = [_general_name(host) for host in dict.fromkeys(hosts)]
-        if pair.exists and self._is_ours(pair) and self._has_names(pair, names):
-            return pair
+        if not (pair.exists and self._is_ours(pair) and self._has_names(pair, names)):
+            self._issue_server(pair, hosts)
+        return pair
+
+    def rsa_server(self, hosts: Sequence[str]) -> Pair:
+        """A certificate with an RSA key, as the hub of 2019 has it; made anew each time."""
+        pair = self.pair("server-rsa")
+        self._issue_server(pair, hosts, key=rsa.generate_private_key(65537, 2048))
+        return pair
+
+    def odd_server(self, fault: ServerFault, hosts: Sequence[str]) -> Pair:
+        """A hub's certificate that no node should trust, in a file of its own; made anew each time."""
+        if fault == "wrong-ca":
+            return Authority(self.directory / "wrong-ca").server(hosts)
+        pair = self.pair(f"server-{fault}")
+        now, day = datetime.datetime.now(datetime.UTC), datetime.timedelta(days=1)
+        match fault:
+            case "expired":
+                self._issue_server(pair, hosts, begin=now - 2 * day, lifetime=day)
+            case "not-yet-valid":
+                self._issue_server(pair, hosts, begin=now + day)
+            case "wrong-host":
+                self._issue_server(pair, [ELSEWHERE])
+        return pair
+
+    def _issue_server(
+        self,
+        pair: Pair,
+        hosts: Sequence[str],
+        *,
+        begin: datetime.datetime | None = None,
+        lifetime: datetime.timedelta = _CENTURY,
+        key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | None = None,
+    ) -> None:
         self._issue(
             pair,
             subject=[(NameOID.ORGANIZATION_NAME, "KubeEdge"), (NameOID.COMMON_NAME, "KubeEdge")],
             usages=[ExtendedKeyUsageOID.SERVER_AUTH],
-            names=names,
-            lifetime=_CENTURY,
+            names=[_general_name(host) for host in dict.fromkeys(hosts)],
+            lifetime=lifetime,
+            not_before=begin,
+            key=key,
         )
-        return pair
 
     def node(
         self,
@@ -225,8 +264,9 @@ class Authority:
         names: Sequence[x509.GeneralName],
         lifetime: datetime.timedelta,
         not_before: datetime.datetime | None = None,
+        key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | None = None,
     ) -> None:
-        key = ec.generate_private_key(ec.SECP256R1())
+        key = key or ec.generate_private_key(ec.SECP256R1())
         name = x509.Name([x509.NameAttribute(oid, value) for oid, value in subject])
         begin = not_before or datetime.datetime.now(datetime.UTC) - _SKEW
         builder = self._leaf(name, key.public_key(), usages, begin, lifetime)
@@ -337,7 +377,7 @@ def _general_name(host: str) -> x509.GeneralName:
         return x509.DNSName(host)
 
 
-def _write_pair(pair: Pair, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> None:
+def _write_pair(pair: Pair, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey) -> None:
     _write(
         pair.key,
         key.private_bytes(

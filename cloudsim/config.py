@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from cloudsim.hub import HubRules
+from cloudsim.hub import Authorization, HubRules
 from cloudsim.rules import HubVersion
 
 SERVER_NAMES: Final = ("localhost", "127.0.0.1", "::1", "cloudcore")
@@ -46,6 +46,11 @@ class SimConfig:
     node_limit: int | None = None
     "None: 500, or 10 for the hub of 2019."
     enforce_authorization: bool = False
+    "Check certificates against node names, and messages."
+    debug_authorization: bool = False
+    "Check them, tell of it, and admit everything."
+    has_cluster_ca: bool = True
+    "False: the cloud cannot read the cluster's CA; a query of k8s/ca.crt is answered with nothing in it."
     hub_version: HubVersion = HubVersion.CURRENT
     replacement_race: float = 0.04
     "See HubRules."
@@ -66,10 +71,15 @@ class SimConfig:
 
     def rules(self) -> HubRules:
         old = self.hub_version is HubVersion.TREE_2019
+        authorization = Authorization.OFF
+        if self.debug_authorization:
+            authorization = Authorization.DEBUG
+        elif self.enforce_authorization:
+            authorization = Authorization.ENFORCED
         return HubRules(
             keepalive_seconds=self.keepalive_seconds,
             node_limit=self.node_limit if self.node_limit is not None else 10 if old else 500,
-            enforce_authorization=self.enforce_authorization,
+            authorization=authorization,
             version=self.hub_version,
             replacement_race=self.replacement_race,
         )

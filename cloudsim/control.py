@@ -15,6 +15,7 @@ import msgspec
 
 from cloudsim.certificate_api import TOKEN_SECONDS, ApiFault
 from cloudsim.faults import Fault
+from cloudsim.hub import Authorization
 from cloudsim.wire import Undecodable, decode_as_go
 
 if TYPE_CHECKING:
@@ -68,6 +69,15 @@ _Answer = tuple[HTTPStatus, Any]
 _Handler = Callable[[Call, tuple[str, ...]], Awaitable[_Answer]]
 
 
+class _Rules(msgspec.Struct, forbid_unknown_fields=True):
+    """What `POST /rules` takes (`CloudSim.set_rules`)."""
+
+    node_limit: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    authorization: Authorization | None = None
+    keepalive_seconds: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    replacement_race: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+
+
 class ControlServer:
     """Serves the control API of a `CloudSim`."""
 
@@ -87,6 +97,7 @@ class ControlServer:
             ("DELETE", re.compile(r"/nodes/([^/]+)"), self._delete_node),
             ("PUT", re.compile(r"/objects/([^/]+)/([^/]+)/([^/]+)"), self._put_object),
             ("DELETE", re.compile(r"/objects/([^/]+)/([^/]+)/([^/]+)"), self._remove_object),
+            ("POST", re.compile(r"/rules"), self._rules),
             ("GET", re.compile(r"/faults"), self._list_faults),
             ("POST", re.compile(r"/faults"), self._fault),
             ("POST", re.compile(r"/tokens"), self._token),
@@ -236,6 +247,14 @@ class ControlServer:
             raise Problem(HTTPStatus.BAD_REQUEST, str(fault)) from fault
         if not found:
             raise Problem(HTTPStatus.NOT_FOUND, f"no object {'/'.join(names)}")
+        return HTTPStatus.OK, {}
+
+    async def _rules(self, call: Call, _: tuple[str, ...]) -> _Answer:
+        try:
+            wanted = msgspec.json.decode(call.body, type=_Rules)
+        except (ValueError, RecursionError) as error:
+            raise Problem(HTTPStatus.BAD_REQUEST, f"not rules: {error}") from error
+        self._sim.set_rules(**msgspec.structs.asdict(wanted))
         return HTTPStatus.OK, {}
 
     async def _list_faults(self, call: Call, _: tuple[str, ...]) -> _Answer:

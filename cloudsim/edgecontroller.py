@@ -45,6 +45,13 @@ class EdgeController:
         old = self._objects.pop(key, None)
         return self._message("delete", key, old) if old is not None else None
 
+    def connected(self, node: str) -> list[CloudMessage]:
+        """What a node gets as soon as it is there: the cloud notes on its Node object that it is, if there is one."""
+        key = ("default", "node", node)
+        if key not in self._objects:
+            return []
+        return [self._node_update(self.put(*key, self._objects[key]), node)]
+
     def receive(self, node: str, message: CloudMessage) -> list[CloudMessage]:
         """What a node gets for a message of its own (its resource is prefixed)."""
         parts = message.route.resource.removeprefix(f"node/{node}/").split("/")
@@ -86,9 +93,13 @@ class EdgeController:
         answer.content = "OK"
         if not is_new:
             return [answer]
+        return [answer, self._node_update(made, node)]
+
+    @staticmethod
+    def _node_update(message: CloudMessage, node: str) -> CloudMessage:
         # For what is born in the cloud the namespace of a cluster's own object is the word null.
-        made.route.operation, made.route.resource = "update", f"null/node/{node}"
-        return [answer, made]
+        message.route.operation, message.route.resource = "update", f"null/node/{node}"
+        return message
 
     @staticmethod
     def _message(

@@ -17,10 +17,15 @@ Kind = Literal[
     "close-mid-frame",
     "drop-at",
     "reject",
+    "race",
+    "tls",
     "refuse",
     "restart",
     "clear",
 ]
+
+Wrong = Literal["expired", "not-yet-valid", "wrong-ca", "wrong-host", "old-version"]
+"What a `tls` fault makes wrong."
 
 LASTING: frozenset[Kind] = frozenset({"throttle", "delay", "loss", "slow-pong", "reject"})
 "These also meet connections made later, until they are cleared."
@@ -38,6 +43,9 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     slow-pong        each pong goes out `seconds` late; over QUIC, what the hub answers itself
     close-mid-frame  the next message to the node ends half-way, with the connection
     drop-at          the `count`-th message from now on ends the connection, handed on first if `dispatched`
+    race             the next connection that replaces one is dropped with it (`count` of them)
+    tls              connections made from now on meet a server that is `wrong`: expired, not-yet-valid, wrong-ca,
+                     wrong-host (its certificate), old-version (TLS 1.1 at most; not over QUIC)
     reject           connections made from now on get no session (`count` of them, or all until cleared)
     refuse           no connection is accepted (`seconds`, or until cleared); the present ones stay
     restart          the hub ends all connections and is away for `seconds`
@@ -50,6 +58,7 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     seconds: float | None = None
     bytes_per_second: float | None = None
     rate: float | None = None
+    wrong: Wrong | None = None
     count: int | None = None
     dispatched: bool = False
 
@@ -61,6 +70,8 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             raise ValueError(f"`seconds` is {self.seconds}, expected 0 to 86400")
         if self.fault == "throttle" and not (self.bytes_per_second and self.bytes_per_second >= 1):
             raise ValueError("throttle needs `bytes_per_second` of at least 1")
+        if self.fault == "tls" and self.wrong is None:
+            raise ValueError("tls needs `wrong`")
         if self.fault == "loss" and self.rate is None:
             raise ValueError("loss needs `rate`")
         if self.rate is not None and not 0 <= self.rate <= 1:

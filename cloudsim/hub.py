@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import random
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -34,13 +35,26 @@ TAKEOVER_SECONDS_2019: Final = 30.0
 "How long the 2019 hub lets a second connection of a node wait for the first to go."
 
 
+MAX_QUEUED_2019: Final = 10
+"Messages the 2019 hub holds for a node; one more stops its dispatcher for all nodes."
+
+
+class Authorization(enum.Enum):
+    """Whether a hub looks at who says what."""
+
+    OFF = "off"
+    DEBUG = "debug"
+    "It looks, tells of it, and admits everything."
+    ENFORCED = "enforced"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubRules:
     """What an operator sets on a CloudCore, and how unlucky the hub's races are."""
 
     keepalive_seconds: float = 30.0
     node_limit: int = 500
-    enforce_authorization: bool = False
+    authorization: Authorization = Authorization.OFF
     version: HubVersion = HubVersion.CURRENT
     replacement_race: float = 0.04
     "Probability that a replaced connection takes its successor with it (measured: 6 of 150)."
@@ -166,7 +180,8 @@ _NOTHING: Final[list[Action]] = []
 class Hub:
     """The state of one CloudHub process.
 
-    `new_id` gives message ids, `epoch` is the Unix time at `now` 0, `cluster_ca` answers k8s/ca.crt.
+    `new_id` gives message ids, `epoch` is the Unix time at `now` 0, `cluster_ca` answers k8s/ca.crt. `races_due`
+    counts, by node or for all (empty name), the replacements that lose the race for certain.
     """
 
     rules: HubRules
@@ -174,10 +189,12 @@ class Hub:
     chance: random.Random
     epoch: float = 0.0
     cluster_ca: str = ""
+    races_due: dict[str, int] = field(default_factory=dict)
     _connections: dict[int, _Connection] = field(default_factory=dict)
     _sessions: dict[str, _Session] = field(default_factory=dict)
     _acknowledged: dict[tuple[str, str], int] = field(default_factory=dict)  # ObjectSync
     _delivered: dict[str, set[str]] = field(default_factory=dict)
+    _held_up: deque[tuple[str, CloudMessage]] = field(default_factory=deque)  # 2019: behind a full queue
 
     # --- connections ---------------------------------------------------------------------------
 
@@ -197,10 +214,19 @@ class Hub:
         if old is not None:
             actions += self._end(old.connection, "replaced by a new connection", now)
         actions += self._serve(connection, now)
-        if old is not None and self.chance.random() < self.rules.replacement_race:
+        if objection := self._objection(peer):
+            actions.append(Note(peer.node, "would-be-rejected", {"connection": number, "reason": objection}))
+        if old is not None and self._loses_race(peer.node):
             # The read error of the old connection ends whatever session it finds under the name.
             actions += self._end(connection, "lost the race with the connection it replaced", now)
         return actions
+
+    def _loses_race(self, node: str) -> bool:
+        for name in (node, ""):
+            if self.races_due.get(name):
+                self.races_due[name] -= 1
+                return True
+        return self.chance.random() < self.rules.replacement_race
 
     def connect_rejected(self, number: int, peer: Peer, reason: str, *, now: float) -> list[Action]:
         """A connection that gets no session and is not told so."""
@@ -215,14 +241,21 @@ class Hub:
 
     def _rejection(self, peer: Peer) -> str:
         """Why a connection gets no session, or empty. The order is CloudHub's."""
-        if self.rules.enforce_authorization:
-            if peer.certificates != 1:
-                return f"{peer.certificates} certificates were sent, exactly 1 is allowed"
-            wanted = f"system:node:{peer.node}"
-            if peer.common_name != wanted:
-                return f"the certificate says {peer.common_name!r}, the node needs {wanted!r}"
+        if self.rules.authorization is Authorization.ENFORCED and (objection := self._objection(peer)):
+            return objection
         if len(self._sessions) >= self.rules.node_limit:
             return f"the limit of {self.rules.node_limit} nodes is reached"
+        return ""
+
+    def _objection(self, peer: Peer) -> str:
+        """What authorization has against a connection, or empty. The hub of 2019 has no authorization."""
+        if self.rules.authorization is Authorization.OFF or self.rules.version is HubVersion.TREE_2019:
+            return ""
+        if peer.certificates != 1:
+            return f"{peer.certificates} certificates were sent, exactly 1 is allowed"
+        wanted = f"system:node:{peer.node}"
+        if peer.common_name != wanted:
+            return f"the certificate says {peer.common_name!r}, the node needs {wanted!r}"
         return ""
 
     def _serve(self, connection: _Connection, now: float) -> list[Action]:
@@ -275,7 +308,7 @@ class Hub:
                 if waiting.peer.use == "msg":
                     actions.append(Read(waiting.number, True))
                 break
-        return actions
+        return actions + self._dispatch_held_up(now)
 
     def drop(self, number: int, *, now: float, reason: str) -> list[Action]:
         """The hub ends a connection: what came in could not be decoded, or a fault was asked for."""
@@ -315,9 +348,26 @@ class Hub:
         effect, module = route_upstream(message, self.rules.version, has_control=codec.has_control)
         if effect is Effect.CONTROL:
             return [Send(number, codec.encode(self._reply(message, "ack", now)))]
-        if self.rules.enforce_authorization and not is_admitted(message, node, self._delivered.get(node, ())):
-            return [Note(node, "not-admitted", {"id": message.header.msg_id, "resource": message.route.resource})]
+        if self.rules.authorization is Authorization.OFF or self._admits(message, node):
+            return self._take(connection, effect, module, message, now)
+        facts = {"id": message.header.msg_id, "resource": message.route.resource}
+        if self.rules.authorization is Authorization.ENFORCED:
+            return [Note(node, "not-admitted", facts)]
+        remark = Note(node, "would-not-be-admitted", facts)
+        return [remark, *self._take(connection, effect, module, message, now)]
+
+    def _admits(self, message: CloudMessage, node: str) -> bool:
+        # The hub of 2019 has no authorization.
+        return self.rules.version is HubVersion.TREE_2019 or is_admitted(message, node, self._delivered.get(node, ()))
+
+    def _take(
+        self, connection: _Connection, effect: Effect, module: str, message: CloudMessage, now: float
+    ) -> list[Action]:
+        """What an admitted message leads to."""
+        node, codec = connection.peer.node, connection.peer.codec
         if effect is Effect.FORWARD:
+            if self.rules.version is HubVersion.TREE_2019 and connection.state is _State.REJECTED:
+                return _NOTHING  # over its limit the hub of 2019 drops what comes up
             if module != UNPREFIXED_MODULE:
                 message.route.resource = f"node/{node}/{message.route.resource}"
             return [Forward(node, module, message)]
@@ -368,11 +418,13 @@ class Hub:
         header.timestamp = header.timestamp or self._unix_ms(now)
         header.sync = False
         message.route.resource = strip_node_prefix(message.route.resource)
+        if self.rules.version is HubVersion.TREE_2019:
+            return self._send_2019(node, message, now)
         session = self._sessions.get(node)
         if session is None:
             # A real hub queues it and throws the queue away when the node connects.
             return self._dropped(node, message, f"node {node!r} has no session")
-        if self.rules.version is not HubVersion.TREE_2019 and needs_ack(message):
+        if needs_ack(message):
             fault = ack_fault(message) or session.acks.offer(
                 message, self._acknowledged.get((node, object_key(message)))
             )
@@ -385,6 +437,38 @@ class Hub:
         self._delivered.setdefault(node, set()).add(message.route.resource)
         return Verdict(header.msg_id, queue), self._pump(session, now)
 
+    def _send_2019(self, node: str, message: CloudMessage, now: float) -> tuple[Verdict, list[Action]]:
+        """Each message once, in one order for all nodes: a node that does not read holds up the others."""
+        # The model of 2019 has neither of them.
+        message.header.resourceversion = message.header.type = message.route.destination = ""
+        if len(self._held_up) >= self.rules.max_queued_objects:
+            return self._dropped(node, message, "the dispatcher stands still")
+        if self._held_up or self._is_full(node):
+            self._held_up.append((node, message))
+            return Verdict(message.header.msg_id, "held-up"), []
+        session = self._sessions.get(node)
+        if session is None:
+            return self._dropped(node, message, f"node {node!r} has no session")
+        session.plain.offer(session.connection.peer.codec.encode(message))
+        return Verdict(message.header.msg_id, "no-ack"), self._pump(session, now)
+
+    def _is_full(self, node: str) -> bool:
+        session = self._sessions.get(node)
+        return session is not None and len(session.plain) >= MAX_QUEUED_2019
+
+    def _dispatch_held_up(self, now: float) -> list[Action]:
+        """A queue may have room again: go on in order until the next full one."""
+        actions: list[Action] = []
+        while self._held_up and not self._is_full(self._held_up[0][0]):
+            node, message = self._held_up.popleft()
+            session = self._sessions.get(node)
+            if session is None:
+                actions += self._dropped(node, message, f"node {node!r} has no session")[1]
+            else:
+                session.plain.offer(session.connection.peer.codec.encode(message))
+                actions += self._pump(session, now)
+        return actions
+
     def _dropped(self, node: str, message: CloudMessage, reason: str) -> tuple[Verdict, list[Action]]:
         facts = {"id": message.header.msg_id, "resource": message.route.resource, "reason": reason}
         return Verdict(message.header.msg_id, "", reason), [Note(node, "dropped", facts)]
@@ -396,7 +480,7 @@ class Hub:
         if session is None or session.connection is not connection or session.writable == writable:
             return []
         session.writable = writable
-        return self._pump(session, now)
+        return [*self._pump(session, now), *self._dispatch_held_up(now)]
 
     def _pump(self, session: _Session, now: float) -> list[Action]:
         if not session.writable:

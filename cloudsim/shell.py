@@ -192,6 +192,9 @@ class HubShell:
                 case Note(node, what, facts):
                     log.info("%s node=%s %s", what, node, facts)
                     self.recorder.happen(node, what, facts, time.time())
+                    if what == "connected" and self.edgecontroller is not None:
+                        for message in self.edgecontroller.connected(node):
+                            self.send(node, message)
                 case _:
                     assert_never(action)
 
@@ -263,12 +266,17 @@ class HubShell:
             case "drop-at":
                 assert fault.count is not None  # checked when the fault was made
                 self._drop_at.setdefault(fault.node, []).append(_DropAt(fault.count, fault.dispatched))
+            case "race":
+                due = self.hub.races_due
+                due[fault.node] = due.get(fault.node, 0) + (fault.count or 1)
             case "clear":
                 self.lasting = [old for old in self.lasting if fault.node and old.node != fault.node]
                 if fault.node:
                     self._drop_at.pop(fault.node, None)
+                    self.hub.races_due.pop(fault.node, None)
                 else:
                     self._drop_at.clear()
+                    self.hub.races_due.clear()
                 for number in self._concerned(fault):
                     self._wires[number].afflict(fault)
             case _:

@@ -6,10 +6,11 @@ import asyncio
 import json
 import logging
 import random
+import ssl
 import time
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,10 @@ from cloudsim.certificates import Authority, Pair
 from cloudsim.config import SimConfig
 from cloudsim.control import ControlServer
 from cloudsim.edgecontroller import EdgeController
-from cloudsim.faults import Fault
-from cloudsim.hub import Hub
+from cloudsim.faults import Fault, Wrong
+from cloudsim.hub import Authorization, Hub
 from cloudsim.recorder import Received, Recorder
+from cloudsim.rules import HubVersion
 from cloudsim.shell import HubShell
 from cloudsim.websocket import Listener
 from cloudsim.wire import CloudMessage, Header, Route
@@ -43,7 +45,8 @@ class CloudSim:
     def __init__(self, config: SimConfig) -> None:
         self.config = config
         self.authority = Authority(config.directory)
-        server = self.authority.server([config.host, *config.names])
+        self._hosts = [config.host, *config.names]
+        server = self.authority.server(self._hosts)
         for node in config.nodes:
             self.authority.node(node)
         self.recorder = Recorder(config.max_events, config.max_event_bytes, config.max_ids)
@@ -52,7 +55,7 @@ class CloudSim:
             new_id=new_id,
             chance=random.Random(config.seed),
             epoch=time.time() - time.monotonic(),
-            cluster_ca=self.authority.ca.certificate.read_text(),
+            cluster_ca=self.authority.ca.certificate.read_text() if config.has_cluster_ca else "",
         )
         self.edgecontroller = EdgeController() if config.edgecontroller else None
         self.shell = HubShell(
@@ -64,7 +67,7 @@ class CloudSim:
         )
         self._listener = Listener(
             self.shell,
-            tls.server_context(server, self.authority.ca),
+            self._tls_context(),
             config.host,
             config.port,
             max_message_bytes=config.max_message_bytes,
@@ -161,6 +164,25 @@ class CloudSim:
         """A token to join with, as `keadm gettoken` shows it; `expires_in` seconds, None: never."""
         return make_token(self.authority, expires_at=None if expires_in is None else time.time() + expires_in)
 
+    def _tls_context(self, wrong: Wrong | None = None) -> ssl.SSLContext:
+        authority, hosts = self.authority, self._hosts
+        match wrong:
+            case None if self.config.hub_version is HubVersion.TREE_2019:
+                return tls.server_context_2019(authority.rsa_server(hosts))
+            case None:
+                return tls.server_context(authority.server(hosts), authority.ca)
+            case "old-version":
+                return tls.outdated_server_context(authority.server(hosts), authority.ca)
+            case _:
+                return tls.server_context(authority.odd_server(wrong, hosts), authority.ca)
+
+    def _present(self, wrong: Wrong | None = None) -> None:
+        """How the server looks in TLS from now on."""
+        self._listener.context = self._tls_context(wrong)
+        if self._quic is not None and wrong != "old-version":
+            authority = self.authority
+            self._quic.present(authority.odd_server(wrong, self._hosts) if wrong else authority.server(self._hosts))
+
     def _quic_listener(self, server: Pair) -> quic.Listener | None:
         config = self.config
         if config.quic_port is None:
@@ -237,6 +259,26 @@ class CloudSim:
         """Whether the node has a session. Rejected connections have none."""
         return self.hub.is_served(node)
 
+    def set_rules(
+        self,
+        *,
+        node_limit: int | None = None,
+        authorization: Authorization | None = None,
+        keepalive_seconds: float | None = None,
+        replacement_race: float | None = None,
+    ) -> None:
+        """Change what an operator could change by restarting CloudCore; None: as it is.
+
+        It counts for what happens from now on: sessions stay.
+        """
+        given: dict[str, Any] = {
+            "node_limit": node_limit,
+            "authorization": authorization,
+            "keepalive_seconds": keepalive_seconds,
+            "replacement_race": replacement_race,
+        }
+        self.hub.rules = replace(self.hub.rules, **{name: value for name, value in given.items() if value is not None})
+
     def kick(self, node: str) -> None:
         """Drop the node's connections."""
         self.shell.kick(node)
@@ -260,8 +302,12 @@ class CloudSim:
             if seconds is not None:
                 self._reopen = asyncio.create_task(self._open_again(seconds), name="cloudsim open again")
             return
+        if fault.fault == "tls":
+            self._present(fault.wrong)
+            return
         if fault.fault == "clear" and not fault.node:
             self._cancel_reopen()
+            self._present()
             await self._open()
         self.shell.afflict(fault)
 

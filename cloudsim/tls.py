@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+import warnings
 from typing import Any, Final
 
 from cloudsim.certificates import Pair
@@ -22,6 +23,26 @@ def server_context(server: Pair, ca: Pair) -> ssl.SSLContext:
     # Each connection shows its chain anew: a resumed session has none to count.
     context.num_tickets = 0
     context.options |= ssl.OP_NO_TICKET
+    return context
+
+
+def server_context_2019(server: Pair) -> ssl.SSLContext:
+    """The hub of 2019: TLS 1.2 with one RSA suite. It asks for a client certificate and does not look at it."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("ECDHE-RSA-AES128-GCM-SHA256")
+    context.load_cert_chain(server.certificate, server.key)
+    context.options |= ssl.OP_NO_TICKET
+    return context
+
+
+def outdated_server_context(server: Pair, ca: Pair) -> ssl.SSLContext:
+    """A server that knows nothing newer than TLS 1.1."""
+    context = server_context(server, ca)
+    context.set_ciphers("ALL:@SECLEVEL=0")  # without which OpenSSL has no TLS 1.1 left
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the point of it is to be deprecated
+        context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
     return context
 
 

@@ -439,7 +439,8 @@ class Listener:
         receive_buffer_bytes: int | None,
     ) -> None:
         self._shell = shell
-        self._context = context
+        self.context = context
+        "Of connections made from now on."
         self._host = host
         self.port = port
         self._max_message_bytes = max_message_bytes
@@ -466,7 +467,7 @@ class Listener:
         self._server = await asyncio.get_running_loop().create_server(self._connection, sock=raw, backlog=512)
 
     def _connection(self) -> Connection:
-        connection = Connection(self._shell, self._context, self._max_message_bytes, self._connections.discard)
+        connection = Connection(self._shell, self.context, self._max_message_bytes, self._connections.discard)
         self._connections.add(connection)
         return connection
 

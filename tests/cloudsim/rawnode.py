@@ -54,6 +54,9 @@ def message(
     return json.dumps({"header": header, "route": route, "content": content}).encode()
 
 
+KEEPALIVE_FRAME = frame(1, message("keepalive", "node", source="websocket", group="resource"))
+
+
 def client_context(
     sim: CloudSim, node: str | None, *, alpn: list[str] | None = None, version: ssl.TLSVersion | None = None
 ) -> ssl.SSLContext:

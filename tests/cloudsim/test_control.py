@@ -185,3 +185,16 @@ def test_wrong_requests_get_a_clear_error_and_the_server_goes_on(tmp_path: Path)
             assert (await ask(sim, "GET", "/health"))[0] == 200
 
     run(scenario())
+
+
+def test_rules_are_changed_over_http(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with cloud(tmp_path, control_port=0) as sim:
+            assert (await ask(sim, "POST", "/rules", {"node_limit": 0, "authorization": "debug"}))[0] == 200
+            assert (sim.hub.rules.node_limit, sim.hub.rules.authorization.value) == (0, "debug")
+            for wrong in ({"node_limit": -1}, {"authorization": "maybe"}, {"other": 1}):
+                status, answer = await ask(sim, "POST", "/rules", wrong)
+                assert status == 400
+                assert "not rules" in answer["error"]
+
+    run(scenario())

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from cloudsim.hub import Action, Drop, Forward, Hub, HubRules, Note, Peer, Read, Send
+from cloudsim.hub import Action, Authorization, Drop, Forward, Hub, HubRules, Note, Peer, Read, Send
 from cloudsim.rules import HubVersion
 from cloudsim.wire import CloudMessage, Header, Route, decode
 
@@ -195,7 +195,7 @@ def test_at_the_node_limit_a_node_cannot_replace_its_own_living_connection() -> 
 def test_enforced_authorization_wants_one_certificate_of_the_node(
     certificates: int, common_name: str, served: bool
 ) -> None:
-    hub = a_hub(enforce_authorization=True)
+    hub = a_hub(authorization=Authorization.ENFORCED)
     connected(hub, certificates=certificates, common_name=common_name)
     assert hub.is_served("edge-a") is served
 
@@ -253,7 +253,7 @@ def test_control_operations_are_answered_with_the_route_of_the_request() -> None
 
 
 def test_enforced_authorization_drops_what_a_node_may_not_ask_and_admits_what_it_was_given() -> None:
-    hub = a_hub(enforce_authorization=True)
+    hub = a_hub(authorization=Authorization.ENFORCED)
     connected(hub, common_name="system:node:edge-a")
     query = "default/configmap/a"
     assert notes(hub.receive(1, up("query", query), now=0.0)) == ["not-admitted"]
@@ -434,3 +434,82 @@ def test_at_the_hub_of_2019_the_second_connection_is_told_and_dropped_after_30_s
     notice = next(action for action in actions if isinstance(action, Send))
     assert decode(notice.payload).route == Route("resource", "", "cloudhub", "disconnected")
     assert hub.connection_of("edge-a") == 1
+
+
+# --- what is asked for, and what an operator changes -------------------------------------------------------
+
+
+def test_a_race_that_is_asked_for_takes_the_next_replacement_and_no_other() -> None:
+    hub = a_hub()
+    hub.races_due["edge-a"] = 1
+    connected(hub, number=1)
+    assert drops(connected(hub, number=2)) == [1, 2]
+    connected(hub, number=3)
+    assert drops(connected(hub, number=4)) == [3]
+
+
+def test_debugging_authorization_tells_and_admits() -> None:
+    hub = a_hub(authorization=Authorization.DEBUG)
+    assert "would-be-rejected" in notes(connected(hub, certificates=2))
+    actions = hub.receive(1, up("query", "default/secret/s"), now=0.0)
+    assert notes(actions) == ["would-not-be-admitted"]
+    assert any(isinstance(action, Forward) for action in actions)
+
+
+def test_the_hub_of_2019_has_no_authorization() -> None:
+    hub = a_hub(version=HubVersion.TREE_2019, authorization=Authorization.ENFORCED)
+    connected(hub, certificates=0)
+    assert hub.is_served("edge-a")
+    assert any(isinstance(action, Forward) for action in hub.receive(1, up("query", "default/secret/s"), now=0.0))
+
+
+def test_over_its_limit_the_hub_of_2019_drops_what_comes_up() -> None:
+    hub = a_hub(version=HubVersion.TREE_2019, node_limit=0)
+    connected(hub)
+    assert hub.receive(1, up("update"), now=0.0) == []
+
+
+def test_a_message_of_2019_has_no_version_type_or_destination() -> None:
+    hub = a_hub(version=HubVersion.TREE_2019)
+    connected(hub)
+    message = thing("a")
+    message.header.type, message.route.destination = "channel", "there"
+    _, (action,) = hub.send("edge-a", message, now=0.0)
+    assert isinstance(action, Send)
+    assert decode(action.payload) == CloudMessage(
+        Header("a.1.insert", timestamp=1000_000),
+        Route("edgecontroller", "", "resource", "insert", "default/configmap/a"),
+        {"metadata": {"uid": "a"}},
+    )
+
+
+def test_at_the_hub_of_2019_a_node_that_does_not_read_holds_up_the_others() -> None:
+    hub = a_hub(version=HubVersion.TREE_2019)
+    connected(hub)
+    connected(hub, "edge-b", 2)
+    hub.writable(1, False, now=0.0)
+
+    def send(node: str, name: str) -> tuple[str, list[str]]:
+        verdict, actions = hub.send(node, thing(name), now=0.0)
+        return verdict.queue, sent(actions, 2)
+
+    assert [send("edge-a", f"a{number}")[0] for number in range(10)] == ["no-ack"] * 10
+    assert send("edge-b", "b0") == ("no-ack", ["b0.1.insert"])
+    assert send("edge-a", "a10") == ("held-up", [])
+    assert send("edge-b", "b1") == ("held-up", [])
+    actions = hub.writable(1, True, now=1.0)
+    assert sent(actions, 1) == [f"a{number}.1.insert" for number in range(11)]
+    assert sent(actions, 2) == ["b1.1.insert"]
+
+
+def test_the_end_of_a_node_lets_the_dispatcher_of_2019_go_on() -> None:
+    hub = a_hub(version=HubVersion.TREE_2019)
+    connected(hub)
+    connected(hub, "edge-b", 2)
+    hub.writable(1, False, now=0.0)
+    for number in range(11):
+        hub.send("edge-a", thing(f"a{number}"), now=0.0)
+    hub.send("edge-b", thing("b"), now=0.0)
+    actions = hub.disconnected(1, now=1.0)
+    assert sent(actions, 2) == ["b.1.insert"]
+    assert "dropped" in notes(actions)

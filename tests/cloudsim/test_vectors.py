@@ -29,6 +29,7 @@ from runtime.viaduct import package_header, packages
 from tests.cloudsim.odd_certificates import odd_context
 from tests.cloudsim.quicnode import QuicNode, quic_cloud, quic_raw, quic_served
 from tests.cloudsim.rawnode import (
+    KEEPALIVE_FRAME,
     RawNode,
     client_context,
     cloud,
@@ -42,7 +43,6 @@ from tests.cloudsim.rawnode import (
 from tests.support.aio import run, until
 from tests.support.vectors import Vector, every, matching, of_file
 
-KEEPALIVE = frame(1, message("keepalive", "node", source="websocket", group="resource"))
 GQUIC = "Google's QUIC below the streams, which the double does not speak (docs/cloudsim.md, differences)"
 API = "tests/cloudsim/test_certificate_api.py"
 
@@ -103,7 +103,7 @@ async def handshake_vector(vector: Vector, directory: Path) -> None:
         assert await node.request(request["raw_text"]) == response["raw_text"]
         (session,) = sim.sessions()
         assert (session["node"], session["state"]) == ("edge-a", "served")
-        await node.send(KEEPALIVE)
+        await node.send(KEEPALIVE_FRAME)
         await node.barrier()
         assert sim.sessions()[0]["keepalives"] == 1
 
@@ -119,7 +119,7 @@ def in_words(final: bool, opcode: int, payload: bytes) -> str:
 async def anomaly(vector: Vector, directory: Path) -> None:
     """Odd input has the measured effect."""
     async with cloud(directory) as sim, served(sim) as node:
-        await node.send(KEEPALIVE, bytes.fromhex(vector.value["sent_frames_hex"]))
+        await node.send(KEEPALIVE_FRAME, bytes.fromhex(vector.value["sent_frames_hex"]))
         for reaction in vector.value["decoded"]["hub_reaction"]:
             if reaction.startswith("TCP EOF"):
                 assert await node.ends()

@@ -15,6 +15,7 @@ from cloudsim import Fault
 from cloudsim.certificates import Authority
 from cloudsim.recorder import Happened
 from tests.cloudsim.rawnode import (
+    KEEPALIVE_FRAME,
     RawNode,
     client_context,
     cloud,
@@ -27,8 +28,6 @@ from tests.cloudsim.rawnode import (
 )
 from tests.support.aio import run, until
 from tests.support.deadline import DEADLINE
-
-KEEPALIVE = frame(1, message("keepalive", "node", source="websocket", group="resource"))
 
 
 def test_a_single_frame_of_8_mib_passes_in_both_directions(tmp_path: Path) -> None:
@@ -60,7 +59,7 @@ def test_a_refused_request_leaves_the_connection_open_for_the_next(tmp_path: Pat
 def test_bytes_before_the_response_end_the_connection(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with cloud(tmp_path) as sim, raw(sim, "edge-a") as node:
-            await node.send(upgrade_text({"node_id": "edge-a"}).encode() + KEEPALIVE)
+            await node.send(upgrade_text({"node_id": "edge-a"}).encode() + KEEPALIVE_FRAME)
             assert await node.ends()
             assert sim.sessions() == []
 
@@ -182,7 +181,7 @@ def test_a_silent_node_is_dropped_without_a_close_frame(tmp_path: Path) -> None:
         async with cloud(tmp_path, keepalive_seconds=0.3) as sim, served(sim) as node:
             begun = time.monotonic()
             await asyncio.sleep(0.15)
-            await node.send(KEEPALIVE)
+            await node.send(KEEPALIVE_FRAME)
             assert await node.ends()
             assert 0.4 < time.monotonic() - begun < DEADLINE
 
@@ -194,7 +193,7 @@ def test_without_connection_use_nothing_is_read(tmp_path: Path) -> None:
         async with cloud(tmp_path, keepalive_seconds=0.4) as sim, raw(sim, "edge-a") as node:
             await node.request(upgrade_text({"node_id": "edge-a"}))
             assert sim.is_served("edge-a")
-            await node.send(KEEPALIVE, frame(1, message()), frame(9, b"p"))
+            await node.send(KEEPALIVE_FRAME, frame(1, message()), frame(9, b"p"))
             assert await node.is_quiet()
             assert await node.ends()
             assert sim.uploads() == []
@@ -309,7 +308,7 @@ def test_half_open_keeps_the_socket_and_says_nothing_even_when_the_session_ends(
         async with cloud(tmp_path, keepalive_seconds=0.3) as sim, served(sim) as node:
             await sim.inject("half-open", "edge-a")
             sim.send_command("edge-a", "t", "x")
-            await node.send(KEEPALIVE, frame(9, b"p"))
+            await node.send(KEEPALIVE_FRAME, frame(9, b"p"))
             await until(lambda: not sim.is_served("edge-a"), "the keepalive limit")
             assert await node.is_quiet()
 
