@@ -39,8 +39,10 @@ RUNTIME_CORES = (
     "backoff",
     "client_core",
     "emp",
+    "enrolment",
     "errors",
     "exposition",
+    "http_answer",
     "inspection",
     "names",
     "proxy",
@@ -52,6 +54,7 @@ RUNTIME_CORES = (
 )
 EDGEHUB_CORES = (
     "certificate",
+    "certificate_plan",
     "cloud",
     "coalescing",
     "config",
@@ -73,7 +76,7 @@ CORES = [
     *(ROOT / "modules" / "eventbus" / f"{name}.py" for name in EVENTBUS_CORES),
 ]
 
-RUNTIME_FOR_MODULE_CORES = {"backoff", "errors", "names", "emp", "message", "config", "proxy"}
+RUNTIME_FOR_MODULE_CORES = {"backoff", "errors", "names", "emp", "message", "config", "enrolment", "proxy"}
 LIBRARIES = "runtime.libraries"
 "Sees to it that msgspec comes lean, whoever imports it first; a core gets nothing from it."
 MESSAGE = "runtime.message"
