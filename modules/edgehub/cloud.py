@@ -44,10 +44,11 @@ def headers(config: EdgeHubConfig) -> list[tuple[str, str]]:
     return [("node_id", config.node_name), ("project_id", config.project_id), ("ConnectionUse", "msg")]
 
 
-def keepalive() -> Message:
-    """The only thing that CloudHub counts as a sign of life; it has no answer."""
+def keepalive(padding_bytes: int = 0) -> Message:
+    """The only thing that CloudHub counts as a sign of life; it has no answer, and its content is not looked at."""
+    content = "ping" + " " * padding_bytes
     return Message.build(
-        source="websocket", group=GROUP_RESOURCE, resource="node", operation=OPERATION_KEEPALIVE, content="ping"
+        source="websocket", group=GROUP_RESOURCE, resource="node", operation=OPERATION_KEEPALIVE, content=content
     )
 
 

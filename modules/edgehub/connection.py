@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Final, NoReturn, Protocol
 
+from modules.edgehub import cloud
 from modules.edgehub.config import EdgeHubConfig, Endpoint
 from modules.edgehub.governor import Pace
 from modules.edgehub.lanes import Lanes
@@ -20,7 +21,7 @@ from modules.edgehub.link import Decoded, Link, LinkLost, LinkRefused, Passed, R
 from modules.edgehub.liveness import Liveness
 from modules.edgehub.outbox import Class, Outbox, Poisoned
 from modules.edgehub.session import Action, Failed, LinkSession, LinkState, Lost, Opened
-from modules.edgehub.window import ByteWindow
+from modules.edgehub.window import ByteWindow, RateProbe
 from runtime.message import Message
 
 log = logging.getLogger("modules.edgehub")
@@ -28,6 +29,10 @@ log = logging.getLogger("modules.edgehub")
 _BATCH_BYTES: Final = 256 * 1024
 "One write; several TLS records, far below what the loop takes 1 ms for."
 _BATCH_MESSAGES: Final = 2048
+_MEASURED_BYTES: Final = 128 * 1024
+"From this size on it is measured whether a message is too large for the link."
+_SLOW_SECONDS: Final = 30.0
+"So long a link that was measured counts as slow without another measurement."
 _LOOK_SECONDS: Final = 0.5
 "How often progress is looked at while the cloud owes us something; never on an idle link."
 
@@ -116,15 +121,60 @@ class Connection:
         self._is_reading_stopped = False
         self._hang_up: str | None = None
         self._is_held = False
+        self._measuring = asyncio.Lock()
+        self._pong: asyncio.Future[None] | None = None  # of who measures
+        self._slow_at = float("-inf")
+        self._slow_rate = 0.0  # more than the link carried then
+        self._is_over = False
 
     @property
     def window(self) -> ByteWindow:
         """Of data."""
         return self._uplinks[-1].window
 
-    def is_too_large(self, size_bytes: int, limit_seconds: float) -> bool:
-        """Whether a message would hold up all others for longer than `limit_seconds`."""
-        return not self._link.keeps_kinds_apart and self.window.is_too_slow_for(size_bytes, limit_seconds)
+    async def is_too_large(self, size_bytes: int, limit_seconds: float) -> bool:
+        """Whether a message would hold up all others for longer than `limit_seconds`.
+
+        For a large one the link is measured, unless its traffic has shown that it is fast enough.
+        """
+        if self._link.keeps_kinds_apart or not self._session.is_open:
+            return False
+        if size_bytes < _MEASURED_BYTES:
+            return self.window.is_too_slow_for(size_bytes, limit_seconds)
+        needed = size_bytes / limit_seconds
+        async with self._measuring:
+            if (self.window.rate_bytes_per_second or 0.0) >= needed:
+                return False
+            if self._clock() - self._slow_at < _SLOW_SECONDS and needed >= self._slow_rate:
+                return True
+            probe = RateProbe(needed)
+            while probe.is_fast is None:
+                sample = await self._measure(probe.size_bytes)
+                if sample is None:
+                    return False  # the link is gone: as if there had been none
+                probe.measured(*sample)
+            if not probe.is_fast:
+                self._slow_at, self._slow_rate = self._clock(), needed
+        return not probe.is_fast
+
+    async def _measure(self, size_bytes: int) -> tuple[int, float] | None:
+        """Send so much padding; the bytes that went and the seconds they took. None: the link was lost."""
+        lane = self._uplinks[0]
+        await self._wait_passed(lane)
+        if not self._is_over:
+            self.send([cloud.keepalive(padding_bytes=size_bytes)])
+            await self._wait_passed(lane)
+        return None if self._is_over else lane.window.last_sample
+
+    async def _wait_passed(self, lane: _Lane) -> None:
+        """Until no barrier is under way, or the link is lost."""
+        while lane.window.is_barrier_under_way and not self._is_over:
+            self._pong = asyncio.get_running_loop().create_future()
+            await self._pong
+
+    def _tell_passed(self) -> None:
+        if self._pong is not None and not self._pong.done():
+            self._pong.set_result(None)
 
     @property
     def is_reading_stopped(self) -> bool:
@@ -171,6 +221,8 @@ class Connection:
         except* LinkLost as group:
             lost = next(fault for fault in _leaves(group) if isinstance(fault, LinkLost))
         finally:
+            self._is_over = True
+            self._tell_passed()
             # Polite only where the link still works: goodbyes to a dead one cost a second.
             await self._link.close(is_polite=self._hang_up is not None or lost.why == "stopped")
             poisoned = self._outbox.lost(is_cut_by_cloud=lost.is_cut_by_cloud)
@@ -206,6 +258,7 @@ class Connection:
         if lane is not None:
             size = lane.window.size_bytes
             lane.window.barrier_passed(now=now)
+            self._tell_passed()
             if lane.window.size_bytes > size:
                 self._link.fit_send_buffer(lane.window.size_bytes)
         before = self._outbox.confirmed
@@ -223,7 +276,8 @@ class Connection:
         barrier = None
         if not lane.window.is_barrier_under_way:
             barrier = self._outbox.barrier(lane.last, is_probe=True)
-        self._write(lane, [self._encode(message) for message in messages], barrier, self._clock())
+        payloads = [self._encode(message) for message in messages]
+        self._write(lane, payloads, barrier, self._clock(), more_bytes=sum(map(len, payloads)))
 
     async def _route_to_cloud(self, lane: _Lane) -> NoReturn:
         while True:
@@ -284,14 +338,18 @@ class Connection:
             self._write(lane, signals or payloads, barrier, now)
         return bool(signals or payloads)
 
-    def _write(self, lane: _Lane, payloads: list[bytes], barrier: int | None, now: float) -> None:
+    def _write(
+        self, lane: _Lane, payloads: list[bytes], barrier: int | None, now: float, *, more_bytes: int = 0
+    ) -> None:
+        """`more_bytes`: of what is not of the outbox."""
         self._link.write(payloads, barrier, kind=lane.last)
         lane.window.wrote(sum(map(len, payloads)), now=now)
         if barrier is not None:
             lane.barrier = barrier
             lane.window.barrier_sent(now=now)
             self._liveness.barrier_sent(
-                acknowledged_bytes=self._link.acknowledged_bytes(), unconfirmed_bytes=self._outbox.unconfirmed_bytes
+                acknowledged_bytes=self._link.acknowledged_bytes(),
+                unconfirmed_bytes=self._outbox.unconfirmed_bytes + more_bytes,
             )
             if not self._is_watching:
                 self._look.set()

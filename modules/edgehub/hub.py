@@ -435,7 +435,7 @@ class EdgeHub(Module):
         connection = self._connection
         if connection is not None:
             limit = self._config.keepalive_limit_seconds / 2
-            if connection.is_too_large(size, limit):
+            if await connection.is_too_large(size, limit):
                 self._refuse_up(message, TOO_LARGE_FOR_LINK, f"{size} bytes would hold the link for over {limit:g} s")
         kind = Class.SIGNAL if cloud.is_signal(message, delivery.priority) else Class.DATA
         outbox = self._outbox

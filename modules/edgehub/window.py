@@ -18,6 +18,9 @@ TARGET_SECONDS: Final = 0.25
 "What is queued on the way should drain in this time."
 _RATE_SAMPLE_BYTES: Final = 8 * 1024
 "A barrier over less says nothing of the rate: the round trip's noise is larger."
+_PROBE_BYTES: Final = (16 * 1024, 64 * 1024, 256 * 1024)
+_SURE_SECONDS: Final = 0.5
+"What takes so long is slow by the link and not by chance."
 _SHORTEST_SECONDS: Final = 0.0005
 "For a rate: below this a measured time is noise."
 
@@ -40,6 +43,7 @@ class ByteWindow:
         self._under_way: tuple[float, float, int] | None = None  # barrier sent at, first write, bytes
         self._was_full = False
         self._passed_at = float("-inf")
+        self._last_sample: tuple[int, float] | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -54,6 +58,11 @@ class ByteWindow:
     def rate_bytes_per_second(self) -> float | None:
         """What the link carries up, smoothed; None before 8 KiB were measured in one go."""
         return self._rate
+
+    @property
+    def last_sample(self) -> tuple[int, float] | None:
+        """Bytes before the last barrier that passed, and the seconds they took beyond an empty link's round trip."""
+        return self._last_sample
 
     def room(self, unconfirmed_bytes: int) -> int:
         """Bytes that may be written now. Not positive: wait for a pong."""
@@ -112,13 +121,43 @@ class ByteWindow:
         ):
             self._size = min(self._max_bytes, self._size * 2)
         self._was_full = False
+        taken = max(now - first - self._base_rtt, _SHORTEST_SECONDS)
+        self._last_sample = (size, taken)
         if size >= _RATE_SAMPLE_BYTES:
-            sample = size / max(now - first - self._base_rtt, _SHORTEST_SECONDS)
+            sample = size / taken
             self._rate = sample if self._rate is None else self._rate + (sample - self._rate) * 0.3
 
     def is_too_slow_for(self, size_bytes: int, limit_seconds: float) -> bool:
         """Whether a message would block the link for longer than `limit_seconds`, as far as is known."""
         return self._rate is not None and size_bytes > self._rate * limit_seconds and size_bytes > self._size
+
+
+class RateProbe:
+    """Finds out whether a link carries so many bytes a second by sending few: `size_bytes` of padding, then `measured`.
+
+    A little that passes quickly shows that the link is fast; that it passes slowly may be a hiccup, so a verdict of
+    `slow` takes half a second of sending, or the largest probe.
+    """
+
+    def __init__(self, needed_bytes_per_second: float) -> None:
+        self._needed = needed_bytes_per_second
+        self._turn = 0
+        self.is_fast: bool | None = None
+        "None: send a probe."
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the next probe."""
+        return _PROBE_BYTES[self._turn]
+
+    def measured(self, size_bytes: int, seconds: float) -> None:
+        """So much passed in that time."""
+        if size_bytes / seconds >= self._needed:
+            self.is_fast = True
+        elif seconds >= _SURE_SECONDS or self._turn == len(_PROBE_BYTES) - 1:
+            self.is_fast = False
+        else:
+            self._turn += 1
 
 
 class TokenBucket:

@@ -11,11 +11,13 @@ from cloudsim import CloudSim, HubVersion
 from modules.edgehub.config import Endpoint
 from modules.edgehub.hub import EdgeHub
 from runtime.emp import Priority
+from runtime.errors import Refused
 from runtime.message import Message
 from runtime.names import Group
 from tests.modules.edgehub.fakes import FakeDeferral, hand_over, running, upload
 from tests.modules.edgehub.simulated import NODE, cloud, command, config_map, served, settings, state
 from tests.support.aio import run, until
+from tests.support.narrow import NarrowLine
 
 
 async def send_all(hub: EdgeHub, count: int, begin: int = 0) -> list[FakeDeferral]:
@@ -344,6 +346,23 @@ def test_a_slow_link_is_not_taken_for_a_dead_one_and_its_window_stays_small(tmp_
             assert deferrals[-1].outcome is None
             await until(lambda: is_done([d for d in deferrals if d]), "all of it")
             assert hub.counters()["connects"] == 1
+
+    run(scenario())
+
+
+def test_the_first_message_on_a_slow_link_is_refused_when_it_would_hold_it_for_long(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with cloud(tmp_path) as sim:
+            with NarrowLine(sim.port, 60_000) as line:
+                endpoints = (Endpoint("127.0.0.1", line.port),)
+                async with running(settings(sim, endpoints=endpoints, silence_seconds=0.6)) as (hub, _):
+                    await until(lambda: state(hub) == "served", "a served link")
+                    with pytest.raises(Refused, match="too-large-for-link"):
+                        await hand_over(hub, Message.upload("a/b", "z" * (2 * 2**20)))
+                    deferral = await hand_over(hub, Message.upload("a/b", "z" * (200 * 1024)))
+                    assert deferral is not None
+                    await until(lambda: deferral.outcome == "done", "one that passes in a few seconds")
+                    assert hub.counters()["connects"] == 1
 
     run(scenario())
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -148,19 +150,76 @@ def test_a_message_beyond_the_limit_is_refused_as_too_large() -> None:
     run(scenario())
 
 
-def test_a_message_that_would_block_a_slow_link_is_refused_as_such() -> None:
+class SlowCloud(FakeCloud):
+    """Passes `bytes_per_second`."""
+
+    def __init__(self, bytes_per_second: float) -> None:
+        super().__init__(answers_barriers=False)
+        self.bytes_per_second = bytes_per_second
+        self.answered = 0
+
+    async def work(self) -> None:
+        sent = 0
+        while True:
+            await asyncio.sleep(0.001)
+            while self.links and self.answered < len(self.link.barriers):
+                size = sum(map(len, self.link.written)) - sent
+                sent += size
+                await asyncio.sleep(size / self.bytes_per_second)
+                self.link.arrive(Passed(self.link.barriers[self.answered]))
+                self.answered += 1
+
+
+@asynccontextmanager
+async def slow_link(bytes_per_second: float) -> AsyncIterator[tuple[EdgeHub, SlowCloud]]:
+    """Half the keepalive limit is a second."""
+    cloud = SlowCloud(bytes_per_second)
+    async with running(config(keepalive_limit_seconds=2.0, heartbeat_seconds=1.0), factory=cloud) as (hub, _):
+        work = asyncio.create_task(cloud.work())
+        await until_served(hub)
+        yield hub, cloud
+        work.cancel()
+
+
+def test_a_message_that_would_block_a_slow_link_is_refused_also_when_it_is_the_first() -> None:
     async def scenario() -> None:
-        cloud = FakeCloud(answers_barriers=False)
-        async with running(config(keepalive_limit_seconds=2.0, heartbeat_seconds=1.0), factory=cloud) as (hub, _):
-            await until_served(hub)
-            cloud.link.arrive(Passed(cloud.link.barriers[0]))
-            await hand_over(hub, upload(1, pad="x" * 20_000))
-            await until(lambda: len(cloud.link.barriers) >= 2, "the ping")
-            await asyncio.sleep(0.1)  # the round trip that makes it a slow link: 200 kB/s
-            cloud.link.arrive(Passed(cloud.link.barriers[1]))
-            await until(lambda: hub.counters()["rate_bytes_per_second"], "a measured rate")
+        async with slow_link(100_000) as (hub, cloud):
+            with pytest.raises(Refused, match="too-large-for-link"):
+                await hand_over(hub, upload(1, pad="x" * 1_000_000))
+            padding = sum(map(len, cloud.link.written))
+            assert padding < 200_000, "what it took to find out"
             with pytest.raises(Refused, match="too-large-for-link"):
                 await hand_over(hub, upload(2, pad="x" * 1_000_000))
+            assert sum(map(len, cloud.link.written)) < padding + 2000, "known for a while"
+            deferral = await hand_over(hub, upload(3, pad="x" * 50_000))
+            assert deferral is not None
+            await until(lambda: deferral.outcome == "done", "a smaller one")
+
+    run(scenario())
+
+
+def test_a_large_message_passes_a_link_that_is_fast_enough() -> None:
+    async def scenario() -> None:
+        async with slow_link(10_000_000) as (hub, _):
+            deferral = await hand_over(hub, upload(1, pad="x" * 1_000_000))
+            assert deferral is not None
+            await until(lambda: deferral.outcome == "done", "the upload")
+
+    run(scenario())
+
+
+def test_a_link_that_is_lost_while_it_is_measured_holds_nobody_up() -> None:
+    async def scenario() -> None:
+        cloud = FakeCloud(answers_barriers=False)
+        async with running(config(), factory=cloud) as (hub, _):
+            await until_served(hub)
+            task = asyncio.create_task(hand_over(hub, upload(1, pad="x" * 1_000_000)))
+            await asyncio.sleep(0)
+            cloud.answers_barriers = True
+            cloud.link.lose("cut")
+            deferral = await task
+            assert deferral is not None
+            await until(lambda: deferral.outcome == "done", "over the next link")
 
     run(scenario())
 

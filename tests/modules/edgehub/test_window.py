@@ -2,7 +2,7 @@
 
 import pytest
 
-from modules.edgehub.window import FLOOR_BYTES, START_BYTES, TARGET_SECONDS, ByteWindow, TokenBucket
+from modules.edgehub.window import FLOOR_BYTES, START_BYTES, TARGET_SECONDS, ByteWindow, RateProbe, TokenBucket
 
 
 def push(window: ByteWindow, *, rate: float, rtt: float, rounds: int, message: int = 500) -> float:
@@ -84,6 +84,45 @@ def test_the_rate_is_measured_in_bytes_per_second() -> None:
 
 def test_nothing_is_too_large_for_a_link_that_was_never_measured() -> None:
     assert not ByteWindow(8 * 2**20).is_too_slow_for(10**9, 15.0)
+
+
+def verdict(rate: float, needed: float, *, hiccup_seconds: float = 0.0) -> tuple[bool, int]:
+    """What is found out about a link of `rate`, and with how many bytes."""
+    probe, sent = RateProbe(needed), 0
+    while probe.is_fast is None:
+        size = probe.size_bytes
+        sent += size
+        probe.measured(size, size / rate + hiccup_seconds)
+    return probe.is_fast, sent
+
+
+@pytest.mark.parametrize(
+    ("rate", "needed", "is_fast", "sent"),
+    [
+        (1e9, 1e6, True, 16 * 1024),
+        (10_000, 5_000, True, 16 * 1024),
+        (10_000, 800_000, False, 16 * 1024),
+        (100_000, 800_000, False, 80 * 1024),
+        (700_000, 800_000, False, 336 * 1024),
+    ],
+)
+def test_a_few_bytes_tell_whether_a_link_is_fast_enough(rate: float, needed: float, is_fast: bool, sent: int) -> None:
+    assert verdict(rate, needed) == (is_fast, sent)
+
+
+def test_a_hiccup_makes_no_fast_link_slow() -> None:
+    assert verdict(1e8, 800_000, hiccup_seconds=0.25) == (True, 336 * 1024)
+
+
+def test_the_last_sample_is_what_the_last_barrier_took_beyond_the_round_trip() -> None:
+    window = ByteWindow(8 * 2**20)
+    assert window.last_sample is None
+    window.barrier_sent(now=0.0)
+    window.barrier_passed(now=0.1)
+    window.wrote(16_384, now=1.0)
+    window.barrier_sent(now=1.0)
+    window.barrier_passed(now=2.1)
+    assert window.last_sample == (16_384, pytest.approx(1.0))
 
 
 def test_an_idle_ping_follows_a_path_that_became_longer() -> None:
