@@ -184,12 +184,13 @@ class _GroupRequest:
 class _Handling:
     """One running handler: what `message.delivery` and `message.defer` look at."""
 
-    __slots__ = ("bus", "deferred", "header", "lane", "message", "number", "started", "task", "timed_out")
+    __slots__ = ("bus", "deferred", "delivery", "header", "lane", "message", "number", "started", "task", "timed_out")
 
     def __init__(self, bus: Bus, lane: InLane, header: emp.Deliver) -> None:
         self.bus = bus
         self.lane = lane
         self.header = header
+        self.delivery: Delivery | None = None  # of `header`, once it was asked for
         self.message: Message | None = None
         self.number = 0
         self.deferred = False
@@ -205,7 +206,9 @@ class _Handling:
 
     def delivery_of(self, message: Message) -> Delivery:
         self._check(message)
-        return _delivery(self.header)
+        if self.delivery is None:
+            self.delivery = _delivery(self.header)
+        return self.delivery
 
     def defer(self, message: Message) -> Deferral:
         self._check(message)
@@ -947,6 +950,7 @@ class Bus:
             while worker.queue:
                 arrival = worker.queue.popleft()
                 worker.header = arrival.header
+                worker.delivery = None
                 number = arrival.first
                 for message in arrival.messages:
                     now = clock()
