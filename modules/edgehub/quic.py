@@ -82,6 +82,11 @@ class _Connection(QuicConnection):
         return ended
 
     @property
+    def is_confirmed(self) -> bool:
+        """The peer has told that the handshake is done: it has taken our certificate."""
+        return bool(self._handshake_confirmed)
+
+    @property
     def is_ended_by_peer(self) -> bool:
         return bool(self._state is QuicConnectionState.DRAINING)
 
@@ -166,8 +171,17 @@ class QuicLink:
         self._addresses = AddressWatch(self._loop, self._check_address)
 
     async def shake_hands(self, endpoint: Endpoint) -> None:
-        """As far as TLS: a connection that belongs to no node. Raises as `open` does."""
-        await self._bounded(endpoint, self._connect(endpoint))
+        """As far as TLS, both certificates verified: a connection that belongs to no node. Raises as `open` does."""
+        await self._bounded(endpoint, self._connect_and_confirm(endpoint))
+
+    async def _connect_and_confirm(self, endpoint: Endpoint) -> None:
+        await self._connect(endpoint)
+        assert self._quic is not None
+        self._answered = self._loop.create_future()
+        if self._lost is not None:
+            raise self._lost
+        if not self._quic.is_confirmed:
+            await self._answered
 
     async def _open(self, endpoint: Endpoint) -> None:
         await self._connect(endpoint)
@@ -314,7 +328,7 @@ class QuicLink:
         """Nothing to do: what waits, waits in the streams, where a signal overtakes it."""
 
     async def close(self, *, is_polite: bool) -> None:
-        if self._quic is not None and self._lost is None:
+        if self._quic is not None and self._quic.end is None:
             self._quic.close(error_code=QuicErrorCode.NO_ERROR)
             for datagram, _ in self._quic.datagrams_to_send(now=self._loop.time()):
                 for _ in range(2 if is_polite else 1):  # nobody sends it again when it is lost
@@ -427,6 +441,8 @@ class QuicLink:
                 _wake(self._opened)
             elif isinstance(event, events.StreamReset | events.StopSendingReceived):
                 self._on_reset(event.stream_id)
+        if quic.is_confirmed and not self._headers_id:
+            _wake(self._answered)  # of `shake_hands`
         if quic.end is not None:
             self._lose(_explain_end(quic.end, is_by_peer=quic.is_ended_by_peer))
 

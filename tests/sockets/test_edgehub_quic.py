@@ -340,6 +340,8 @@ def test_broken_framing_ends_the_link_after_what_came_before_it(tmp_path: Path) 
                 await link.receive()
             assert lost.value.is_cut_by_cloud
             await link.close(is_polite=False)
+            ended = events.ConnectionTerminated
+            await until(lambda: any(isinstance(e, ended) for e in hub.node.ends), "the cloud to hear of it")
 
     run(scenario())
 

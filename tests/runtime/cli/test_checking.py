@@ -18,7 +18,7 @@ from cryptography.x509.oid import NameOID
 from cloudsim import CloudSim
 from runtime.cli import checking
 from runtime.cli.checking import Finding
-from runtime.config import EdgeHubExtras, EdgeHubSection, NodeConfig, RuntimeSection, WebsocketSection
+from runtime.config import EdgeHubExtras, EdgeHubSection, NodeConfig, QuicSection, RuntimeSection, WebsocketSection
 from runtime.home import Home
 from runtime.proxy import Proxy, ProxyRefused
 from tests.modules.edgehub.simulated import cloud
@@ -303,3 +303,30 @@ def test_a_home_with_a_path_too_long_for_a_socket_or_with_spaces_fails(tmp_path:
         home = Home(tmp_path / name)
         found = [finding for finding in checking.state_directory(home, NodeConfig()) if finding.subject == "paths"]
         assert [finding.verdict for finding in found] == ["fail"]
+
+
+def over_quic(sim: CloudSim, *more: str) -> NodeConfig:
+    config = to_cloud(sim, endpoints=list(more))
+    section = msgspec.structs.replace(
+        config.edge_hub,
+        websocket=WebsocketSection(enable=False),
+        quic=QuicSection(enable=True, server=f"127.0.0.1:{sim.quic_port}"),
+    )
+    return msgspec.structs.replace(config, edge_hub=section)
+
+
+def test_quic_is_tried_for_each_endpoint(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with cloud(tmp_path / "sim", quic_port=0) as sim, cloud(tmp_path / "other") as other:
+            served, refused = await ways(over_quic(sim, "127.0.0.1:9"))
+            assert served.startswith(f"ok 127.0.0.1:{sim.quic_port} answers over QUIC")
+            assert refused == "fail 127.0.0.1:9: Connection refused"
+            strange = other.certificate("edge-1")
+            config = over_quic(sim)
+            hub = msgspec.structs.replace(
+                config.edge_hub, tls_cert_file=str(strange.certificate), tls_private_key_file=str(strange.key)
+            )
+            (said,) = await ways(msgspec.structs.replace(config, edge_hub=hub))
+            assert "refuses our certificate" in said
+
+    run(scenario())
