@@ -70,7 +70,21 @@ EDGEHUB_CORES = (
     "window",
 )
 EVENTBUS_CORES = ("bridge", "config", "packets", "subscriptions", "topics")
+CONFORM_CORES = (
+    "broker_checks",
+    "broker_stage",
+    "module_attaching",
+    "module_checks",
+    "module_receiving",
+    "module_sending",
+    "module_stage",
+    "play",
+    "referee",
+    "report",
+    "wire",
+)
 CORES = [
+    *(ROOT / "runtime" / "conform" / f"{name}.py" for name in CONFORM_CORES),
     *(ROOT / "runtime" / f"{name}.py" for name in RUNTIME_CORES),
     *(ROOT / "modules" / "edgehub" / f"{name}.py" for name in EDGEHUB_CORES),
     *(ROOT / "modules" / "eventbus" / f"{name}.py" for name in EVENTBUS_CORES),
@@ -155,6 +169,16 @@ def test_cores_of_the_runtime_know_only_cores() -> None:
     for name in RUNTIME_CORES:
         ours = {found for found in imported(ROOT / "runtime" / f"{name}.py") if found.split(".")[0] == "runtime"}
         assert ours <= cores | {LIBRARIES}, name
+
+
+def test_the_conformance_runner_shares_the_codec_with_the_runtime_and_nothing_else() -> None:
+    """Else it would compare our broker and our SDK with themselves."""
+    for name in CONFORM_CORES:
+        ours = {
+            found for found in imported(ROOT / "runtime" / "conform" / f"{name}.py") if found.startswith("runtime.")
+        }
+        own = {found for found in ours if found.startswith("runtime.conform")}
+        assert ours - own <= {"runtime.emp", "runtime.errors"}, name
 
 
 @pytest.mark.parametrize(("module", "cores"), [("edgehub", EDGEHUB_CORES), ("eventbus", EVENTBUS_CORES)])

@@ -7,7 +7,6 @@ import shutil
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Final
 
 from runtime.conform import broker_checks, module_checks, report, shell
@@ -37,7 +36,7 @@ def show(
         for line in report.listed(checks):
             print(line)
         return 0
-    settings = stretched(Settings(), stretch)
+    settings = Settings().stretched(stretch)
     began = time.monotonic()
     lock = threading.Lock()
 
@@ -71,15 +70,3 @@ def choose(checks: Sequence[Check], only: Sequence[str]) -> list[Check]:
     if not chosen:
         raise UsageError(f"no check is called {', '.join(only)} (edgezmq conform --list)")
     return chosen
-
-
-def stretched(settings: Settings, factor: float) -> Settings:
-    """The same with more time for everything, for a slow machine."""
-    return replace(
-        settings,
-        soon=settings.soon * factor,
-        start=settings.start * factor,
-        quiet=settings.quiet * factor,
-        stop=settings.stop * factor,
-        survey=settings.survey * factor,
-    )

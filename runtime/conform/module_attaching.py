@@ -104,7 +104,7 @@ def name_taken(stage: ModuleStage) -> Script:
     for _ in range(3):
         mark = stage.mark
         stage.say(emp.REFUSED, "name-taken", "held by somebody")
-        yield from stage.answer(mark, "HELLO is not repeated after `name-taken`", "HELLO/1", within=2.0)
+        yield from stage.answer(mark, "HELLO is not repeated after `name-taken`", "HELLO/1")
     stage.welcome()
     yield from stage.left_alone()
 
@@ -176,7 +176,7 @@ def ping_heartbeat(stage: ModuleStage) -> Script:
     yield from stage.attached()
     mark = stage.mark
     wanted = 5
-    allowed = 2 * wanted * HEARTBEAT_MS / 1000 + 1.0
+    allowed = 2 * wanted * HEARTBEAT_MS / 1000 + stage.settings.soon / 4
     yield from stage.until(
         lambda: len(stage.since(mark, "PING/1")) >= wanted,
         f"fewer than {wanted} PINGs in {allowed:.1f} s; heartbeat_ms is {HEARTBEAT_MS}",
@@ -190,7 +190,7 @@ def ping_liveness(stage: ModuleStage) -> Script:
     stage.heartbeat_ms = 3_600_000
     yield from stage.attached()
     mark = stage.mark
-    allowed = stage.traits.liveness / 3 * 2 + 1.0
+    allowed = stage.traits.liveness / 3 * 2 + stage.settings.soon / 4
     yield from stage.until(lambda: stage.since(mark, "PING/1"), f"no second PING for {allowed:.1f} s", allowed)
 
 

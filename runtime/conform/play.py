@@ -145,6 +145,17 @@ class Settings:
     survey: float = 3.0
     "So long a module has to show that it sends by itself."
 
+    def stretched(self, factor: float) -> Settings:
+        """The same with more time for everything but the longest waits, for a slow machine."""
+        return Settings(
+            soon=self.soon * factor,
+            start=self.start * factor,
+            quiet=self.quiet * factor,
+            stop=self.stop * factor,
+            longest=self.longest,
+            survey=self.survey * factor,
+        )
+
 
 class Stage:
     """What both sides' stages have: the record, the actions, the waiting."""
