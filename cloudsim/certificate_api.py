@@ -222,14 +222,16 @@ def _jwt_fault(text: str, key: bytes, now: datetime) -> str | None:
     try:
         header = msgspec.json.decode(_decode(parts[0]), type=dict[str, object])
         claims = msgspec.json.decode(_decode(parts[1]), type=dict[str, object])
-    except ValueError:
+    except (ValueError, RecursionError):
         return "token is malformed: could not base64 decode header"
     algorithm = header.get("alg")
+    if not isinstance(algorithm, str):
+        return "token is unverifiable: signing method (alg) is unspecified"
     if algorithm in _OTHER_METHODS:
-        found = _OTHER_METHODS[str(algorithm)]
+        found = _OTHER_METHODS[algorithm]
         wrong = f"invalid token method type, want *jwt.SigningMethodHMAC, but is {found}"
         return f"token is unverifiable: error while executing keyfunc: {wrong}"
-    digest = _HASHES.get(str(algorithm))
+    digest = _HASHES.get(algorithm)
     if digest is None:
         return "token is unverifiable: signing method (alg) is unavailable"
     try:

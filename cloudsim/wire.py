@@ -87,7 +87,7 @@ def decode_as_go(payload: bytes) -> CloudMessage:
             case "route":
                 _fill(message.route, field, "route")
             case "content":
-                message.content = _plain(field, MAX_DEPTH)
+                message.content = _mapped(field, _plain)
             case _:
                 pass
     return message
@@ -130,17 +130,33 @@ def _field(key: str, names: tuple[str, ...]) -> str | None:
     return folded if folded in names else None
 
 
-def _plain(value: Any, depth: int) -> Any:
-    """Content as it is inside the hub, where objects are maps and strings valid Unicode."""
-    if isinstance(value, str):
-        return _without_surrogates(value)
-    if isinstance(value, list):
+def _plain(value: Any) -> Any:
+    """A string, number, true, false or null as it is inside the hub, where strings are valid Unicode."""
+    return _without_surrogates(value) if isinstance(value, str) else value
+
+
+def _mapped(value: Any, leaf: Callable[[Any], Any]) -> Any:
+    """`value` with `leaf` of everything that is in its lists and maps. Raises Undecodable beyond MAX_DEPTH.
+
+    Without recursion: a message may be nested about as deeply as Python's stack is deep.
+    """
+    top: list[Any] = [value]
+    waiting: list[tuple[Any, int]] = [(top, MAX_DEPTH + 1)]
+    while waiting:
+        container, depth = waiting.pop()
         if not depth:
             raise Undecodable(f"content is nested deeper than {MAX_DEPTH}")
-        if isinstance(value, _Pairs):
-            return {_without_surrogates(key): _plain(item, depth - 1) for key, item in value}
-        return [_plain(item, depth - 1) for item in value]
-    return value
+        for key, item in container.items() if isinstance(container, dict) else enumerate(container):
+            if isinstance(item, _Pairs):
+                item = {_without_surrogates(name): inner for name, inner in item}
+            elif isinstance(item, dict | list):
+                item = item.copy()
+            else:
+                container[key] = leaf(item)
+                continue
+            container[key] = item
+            waiting.append((item, depth - 1))
+    return top[0]
 
 
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
@@ -187,20 +203,16 @@ def seen_in_cloud(content: Any) -> Any:
 
     Whole numbers stay Python ints where they fit, so that a comparison with what was sent works.
     """
-    if type(content) is int:
-        return content if abs(content) <= 2**53 else _float64(content)
-    if isinstance(content, dict):
-        return {key: seen_in_cloud(item) for key, item in content.items()}
-    if isinstance(content, list):
-        return [seen_in_cloud(item) for item in content]
-    return content
+    return _mapped(content, _float64)
 
 
-def _float64(number: int) -> int:
+def _float64(value: Any) -> Any:
+    if type(value) is not int or abs(value) <= 2**53:
+        return value
     try:
-        return int(float(number))
+        return int(float(value))
     except OverflowError:  # above 308 digits; Go would have refused the message (docs/cloudsim.md, differences)
-        return number
+        return value
 
 
 class _HeaderOut(msgspec.Struct, omit_defaults=True, gc=False):

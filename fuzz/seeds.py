@@ -55,6 +55,10 @@ def cloud_json() -> Iterator[bytes]:
             if isinstance(payload, list) and isinstance(payload[-1], str):
                 yield payload[-1].encode("utf-8", "surrogatepass")
 
+    for depth in (400, 600, 880):
+        yield b'{"x":1,"content":' + b"[" * depth + b"]" * depth + b"}"
+    yield b'{"header":{"msg_id":"a"},"header":{"timestamp":1}}'
+
 
 def json_content() -> Iterator[bytes]:
     for vector in vectors("message_json"):
@@ -121,6 +125,8 @@ def tokens() -> Iterator[bytes]:
     yield b"ab" * 32 + b"." + jwt
     yield b"Bearer " + jwt
     yield b"Bearer W10.e30."
+    yield b'{"alg":"HS256","typ":"JWT"}\n{"exp":1795453075}\nx'
+    yield b'{"alg":["HS256"]}\n{"exp":' + b"9" * 400 + b"}\n"
 
 
 # --- the bus ------------------------------------------------------------------------------------------
@@ -201,6 +207,15 @@ def edgecore_files() -> Iterator[bytes]:
     yield (ROOT / "edgecore.example.yaml").read_bytes()
     yield b"apiVersion: edgecore.config.kubeedge.io/v1alpha2\nkind: EdgeCore\nmodules: {edgeHub: {heartbeat: 15}}\n"
     yield b"a: &a [1, 2]\nb: [*a, *a]\n<<: {c: !!binary aGk=}\nd: 2001-01-01\n"
+
+
+def edge_2019_files() -> Iterator[bytes]:
+    yield (
+        b"mqtt: {server: 'tcp://user:pw@127.0.0.1:1883', mode: 0, qos: 0}\n"
+        b"edgehub:\n  websocket: {url: 'wss://0.0.0.0:10000/e632aba927ea4ac2b575ec1603d56f10/edge-node/events'}\n"
+        b"  quic: {url: '127.0.0.1:10001'}\n  controller: {protocol: websocket, heartbeat: 15, node-id: edge-node}\n"
+        b"edged: {hostname-override: edge-node}\nmodules: {enabled: [eventbus, websocket]}\n"
+    )
 
 
 def node_files() -> Iterator[bytes]:

@@ -31,6 +31,8 @@ _WHY_NOT: Final[tuple[tuple[str, str], ...]] = (
     ("edgehub.controller.", "KubeEdge did not use it either"),
     ("", "edgezmq has no such setting"),
 )
+_MAX_LEVELS: Final = 10
+"The deepest keys of 2019 have four."
 _MODULE_KEYS: Final = {"eventbus": "eventBus", "websocket": "edgeHub"}
 
 
@@ -221,6 +223,8 @@ class _Source:
 
 
 def _flat(document: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    if prefix.count(".") > _MAX_LEVELS:  # in YAML a mapping may be within itself
+        raise ConfigError(prefix, document, f"at most {_MAX_LEVELS} levels of keys")
     for key, value in document.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")

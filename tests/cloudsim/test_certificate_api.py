@@ -26,6 +26,7 @@ from cloudsim.certificate_api import (
     ApiRequest,
     CertificateApi,
     make_token,
+    token_refusal,
 )
 from cloudsim.certificates import Authority, Pair
 from cloudsim.config import SimConfig
@@ -369,3 +370,18 @@ def test_refuse_closes_the_port_until_it_is_cleared(tmp_path: Path) -> None:
             assert await _get(sim.certificates.port, _context(sim.ca), path="/ca.crt")
 
     run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("head", "fault"),
+    [
+        (b'{"alg":[]}', "signing method (alg) is unspecified"),
+        (b"{}", "signing method (alg) is unspecified"),
+        (b'{"alg":"HS1"}', "signing method (alg) is unavailable"),
+        (b'{"a":' * 5000, "token is malformed"),
+        (b"[]", "token is malformed"),
+    ],
+)
+def test_a_token_with_any_header_is_refused(head: bytes, fault: str) -> None:
+    words = f"Bearer {base64.urlsafe_b64encode(head).rstrip(b'=').decode()}.e30.AA"
+    assert fault in str(token_refusal(words, b"key", NOW))

@@ -166,3 +166,20 @@ def test_any_bytes_decode_or_are_undecodable(raw: bytes) -> None:
         decode(raw)
     except Undecodable:
         pass
+
+
+@pytest.mark.parametrize("before", [b"", b'"unknown":1,'])
+def test_content_nested_nearly_as_deeply_as_python_allows_is_read(before: bytes) -> None:
+    depth = 850
+    message = decode(
+        b"{" + before + b'"content":' + b'[{"a":' * (depth // 2) + b"9007199254740993" + b"}]" * (depth // 2) + b"}"
+    )
+    seen = seen_in_cloud(message.content)
+    for _ in range(depth // 2):
+        seen = seen[0]["a"]
+    assert seen == 9007199254740992
+
+
+def test_content_nested_too_deeply_is_refused() -> None:
+    with pytest.raises(Undecodable):
+        decode(b'{"unknown":1,"content":' + b"[" * 950 + b"]" * 950 + b"}")

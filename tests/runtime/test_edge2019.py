@@ -204,3 +204,10 @@ def test_any_values_in_the_known_places_are_imported_or_one_config_error(documen
         convert(old() | document)
     except ConfigError:
         pass
+
+
+def test_a_mapping_within_itself_is_a_config_error() -> None:
+    document: dict[str, Any] = {"mqtt": {}}
+    document["mqtt"]["mqtt"] = document
+    with pytest.raises(ConfigError, match="at most 10 levels"):
+        convert(document)
