@@ -17,7 +17,6 @@ import ssl
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -28,11 +27,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from runtime import tunnel
 from runtime.enrolment import Facts, Issued, Job, Outcome
 from runtime.enrolment_files import FileSet
 from runtime.errors import EdgezmqError, NotEnrolled
 from runtime.http_answer import Answer, AnswerReader, MalformedAnswer
-from runtime.proxy import ConnectAnswer, Proxy, ProxyRefused
+from runtime.proxy import ProxyRefused
 
 _READ_BYTES: Final = 16 * 1024
 MAX_JOB_BYTES: Final = 64 * 1024
@@ -145,41 +145,14 @@ class _Cloud:
             return await asyncio.open_connection(
                 self._host, self._port, ssl=context, server_hostname=name, limit=_READ_BYTES
             )
-        reader, writer = await self._reach(proxy)
-        try:
-            writer.write(self._with_password(proxy).request(self._host, self._port))
-            answer, is_open = ConnectAnswer(proxy), False
-            while not is_open:
-                data = await reader.read(_READ_BYTES)
-                if not data:
-                    raise answer.end()
-                is_open = answer.receive(data)
-            await writer.start_tls(context, server_hostname=name)
-        except BaseException:
-            writer.transport.abort()
-            raise
-        return reader, writer
-
-    async def _reach(self, proxy: Proxy) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """The proxy itself. Raises ProxyRefused."""
-        try:
-            context = ssl.create_default_context(cafile=self._job.proxy_ca_file or None) if proxy.is_tls else None
-            return await asyncio.open_connection(
-                proxy.host, proxy.port, ssl=context, server_hostname=proxy.host if context else None, limit=_READ_BYTES
-            )
-        except TimeoutError:
-            raise
-        except OSError as fault:
-            raise ProxyRefused(f"the proxy {proxy} cannot be reached: {fault.strerror or fault}") from fault
-
-    def _with_password(self, proxy: Proxy) -> Proxy:
-        path = self._job.proxy_password_file
-        if not path:
-            return proxy
-        try:
-            return proxy.with_password(Path(path).read_text(encoding="utf-8").rstrip("\r\n"))
-        except (OSError, UnicodeDecodeError) as fault:
-            raise ProxyRefused(f"runtime.edgehub.proxyPasswordFile {path}: {fault}") from fault
+        return await tunnel.open_streams(
+            tunnel.with_password(proxy, self._job.proxy_password_file),
+            self._host,
+            self._port,
+            context,
+            server_name=name,
+            proxy_ca_file=self._job.proxy_ca_file,
+        )
 
     def _explain(self, fault: Exception) -> NotEnrolled:
         where = self.name

@@ -14,12 +14,12 @@ import ssl
 import threading
 from collections.abc import Callable, Sequence
 from itertools import chain, zip_longest
-from pathlib import Path
 from typing import Any, Final
 
 from modules.edgehub import tls
 from modules.edgehub.config import EdgeHubConfig, Endpoint
 from modules.edgehub.link import LinkLost, LinkRefused
+from runtime import tunnel
 from runtime.errors import EdgezmqError
 from runtime.proxy import ConnectAnswer, Proxy, ProxyRefused
 
@@ -28,7 +28,6 @@ RESOLVE_SECONDS: Final = 10.0
 STAGGER_SECONDS: Final = 0.25
 "RFC 8305, 5: the recommended Connection Attempt Delay."
 _LEAVE_SECONDS: Final = 1.0
-_MAX_PASSWORD_BYTES: Final = 4096
 
 Address = tuple[int, Any]
 "Family and socket address."
@@ -52,9 +51,9 @@ async def open_tls(
             connected = await connect(endpoint.host, endpoint.port)
             await loop.create_connection(factory, sock=connected, ssl=context, server_hostname=name)
             return
-        tunnel = await _open_tunnel(config.proxy, endpoint, config)
+        through = await _open_tunnel(config.proxy, endpoint, config)
         protocol = factory()
-        transport = await loop.start_tls(tunnel, protocol, context, server_hostname=name)
+        transport = await loop.start_tls(through, protocol, context, server_hostname=name)
         assert transport is not None
         protocol.connection_made(transport)
     except Unreachable as fault:
@@ -247,21 +246,15 @@ class _Tunnel(asyncio.Protocol):
 
 
 async def _open_tunnel(proxy: Proxy, endpoint: Endpoint, config: EdgeHubConfig) -> asyncio.Transport:
-    if config.proxy_password_file:
-        proxy = proxy.with_password(_read_password(config.proxy_password_file))
-    context = proxy_context(config) if proxy.is_tls else None
+    proxy = tunnel.with_password(proxy, config.proxy_password_file)
+    context = tunnel.context_for(proxy, config.proxy_ca_file)
     try:
         connected = await connect(proxy.host, proxy.port)
         transport, protocol = await asyncio.get_running_loop().create_connection(
             lambda: _Tunnel(proxy), sock=connected, ssl=context, server_hostname=proxy.host if context else None
         )
-    except ssl.SSLCertVerificationError as fault:
-        raise ProxyRefused(
-            f"the certificate of the proxy {proxy} does not verify: {fault.verify_message} "
-            "(runtime.edgehub.proxyCaFile names its CA)"
-        ) from fault
     except ssl.SSLError as fault:
-        raise ProxyRefused(f"no TLS with the proxy {proxy}: {fault.reason or fault}") from fault
+        raise tunnel.refused_by_tls(proxy, fault) from fault
     except Unreachable as fault:
         raise Unreachable(f"the proxy {proxy} cannot be reached: {fault}") from fault
     try:
@@ -271,28 +264,3 @@ async def _open_tunnel(proxy: Proxy, endpoint: Endpoint, config: EdgeHubConfig) 
         transport.abort()
         raise
     return transport
-
-
-def proxy_context(config: EdgeHubConfig) -> ssl.SSLContext:
-    """For the way to an `https` proxy: its CA is `proxyCaFile`, or the machine's."""
-    try:
-        return ssl.create_default_context(cafile=config.proxy_ca_file or None)
-    except (OSError, ssl.SSLError) as fault:
-        raise LinkRefused(f"runtime.edgehub.proxyCaFile {config.proxy_ca_file}: {fault.strerror or fault}") from fault
-
-
-def _read_password(path: str) -> str:
-    """Anew at each dial: passwords change."""
-    try:
-        with Path(path).open("rb") as file:
-            text = file.read(_MAX_PASSWORD_BYTES + 1).decode()
-    except OSError as fault:
-        raise LinkRefused(f"runtime.edgehub.proxyPasswordFile {path}: {fault.strerror or fault}") from fault
-    except UnicodeDecodeError as fault:
-        raise LinkRefused(f"runtime.edgehub.proxyPasswordFile {path}: expected a password in UTF-8") from fault
-    password = text.rstrip("\r\n")
-    if not password or len(text) > _MAX_PASSWORD_BYTES or "\n" in password:
-        raise LinkRefused(
-            f"runtime.edgehub.proxyPasswordFile {path}: expected one line of at most {_MAX_PASSWORD_BYTES} bytes"
-        )
-    return password

@@ -978,6 +978,7 @@ class EdgeHub(Module):
             "move_wanted": session.move_wanted,
             "protocol": self._config.protocol,
             "hub_version": self._config.dialect.version,
+            "proxy": str(self._config.proxy) if self._config.proxy is not None else None,
             "since": time.time() - (now - session.since),
             "unproven": session.state is LinkState.UNPROVEN,
             "next_dial_seconds": None if session.dial_at is None else round(max(0.0, session.dial_at - now), 1),

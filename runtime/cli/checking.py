@@ -28,7 +28,7 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
-from runtime import __version__
+from runtime import __version__, tunnel
 from runtime.cli import settings
 from runtime.cli.node import NODE_LOCK, NodeError, check_path_lengths, find_supervisord_conf
 from runtime.config import EdgeHubExtras, NodeConfig
@@ -36,7 +36,7 @@ from runtime.enrolment_files import FileSet
 from runtime.errors import ConfigError, EdgezmqError
 from runtime.home import Home, find_home
 from runtime.locks import holder
-from runtime.proxy import ConnectAnswer, Proxy, ProxyRefused
+from runtime.proxy import Proxy, ProxyRefused
 
 Verdict = Literal["ok", "warn", "fail"]
 
@@ -390,8 +390,8 @@ def _try_tls(server: str, config: NodeConfig, proxy: Proxy | None) -> Exception 
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(config.edge_hub.tls_ca_file)
         load_identity(context, config)
-        if proxy is not None and (secret := config.runtime.edgehub.proxy_password_file):
-            proxy = proxy.with_password(Path(secret).read_text().rstrip("\r\n"))
+        if proxy is not None:
+            proxy = tunnel.with_password(proxy, config.runtime.edgehub.proxy_password_file)
         return asyncio.run(_visit(host.strip("[]"), int(port), context, config.runtime.edgehub, proxy))
     except (OSError, ValueError, EdgezmqError) as fault:
         return fault
@@ -406,8 +406,9 @@ async def _visit(host: str, port: int, context: ssl.SSLContext, extra: EdgeHubEx
                 host, port, ssl=context, server_hostname=name, happy_eyeballs_delay=_STAGGER_SECONDS
             )
         else:
-            reader, writer = await _tunnel(host, port, extra, proxy)
-            await writer.start_tls(context, server_hostname=name)
+            reader, writer = await tunnel.open_streams(
+                proxy, host, port, context, server_name=name, proxy_ca_file=extra.proxy_ca_file
+            )
     took = time.monotonic() - started
     try:
         async with asyncio.timeout(_ALERT_SECONDS):
@@ -417,27 +418,6 @@ async def _visit(host: str, port: int, context: ssl.SSLContext, extra: EdgeHubEx
     finally:
         writer.transport.abort()
     return took
-
-
-async def _tunnel(
-    host: str, port: int, extra: EdgeHubExtras, proxy: Proxy
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Streams that lead to `host`. Raises ProxyRefused."""
-    context = ssl.create_default_context(cafile=extra.proxy_ca_file or None) if proxy.is_tls else None
-    try:
-        reader, writer = await asyncio.open_connection(proxy.host, proxy.port, ssl=context)
-    except OSError as fault:
-        raise ProxyRefused(f"the proxy {proxy} cannot be reached: {_say(fault)}") from fault
-    try:
-        writer.write(proxy.request(host, port))
-        answer = ConnectAnswer(proxy)
-        while data := await reader.read(4096):
-            if answer.receive(data):
-                return reader, writer
-        raise answer.end()
-    except BaseException:
-        writer.transport.abort()
-        raise
 
 
 def reachable(subject: str, server: str, result: Exception | float) -> Finding:

@@ -1,6 +1,7 @@
 """The way to a CloudHub: names, addresses, proxies, and the words for what is wrong with each."""
 
 import asyncio
+import logging
 import socket
 import ssl
 import threading
@@ -215,7 +216,10 @@ def test_a_proxy_carries_the_link_and_reads_none_of_it(tmp_path: Path) -> None:
     run(scenario())
 
 
-def test_a_proxy_that_wants_a_password_gets_it_from_the_file(tmp_path: Path) -> None:
+def test_a_proxy_that_wants_a_password_gets_it_from_the_file_and_no_log_has_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
     file = tmp_path / "password"
 
     async def scenario() -> None:
@@ -227,6 +231,8 @@ def test_a_proxy_that_wants_a_password_gets_it_from_the_file(tmp_path: Path) -> 
                 await until(lambda: "does not know user 'node'" in hub.link_status()["why"], "the reason")
                 file.write_text("s3cret\n")
                 await until(lambda: state(hub) == "served", "a served link")
+                assert hub.link_status()["proxy"] == f"http://127.0.0.1:{proxy.port}"
+                assert "s3cret" not in caplog.text + repr(hub.link_status())
 
     run(scenario())
 
