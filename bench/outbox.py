@@ -2,7 +2,9 @@
 
 Per round trip time: 10,000 uploads of 200 B through a real broker and edgehub to cloudsim, each receipt awaited; the
 rate, and the bytes edgehub had written to storage meanwhile (proc(5), io). Then a backlog, written offline: rate of
-acceptance, edgehub's memory, time from a fresh start to `served`, and the rate at which it drains.
+acceptance, time from a fresh start to `served` with an empty file and with the backlog, the rate at which it drains,
+and of broker and edgehub the most memory (PSS, looked at five times a second; and the kernel's peak of what was
+resident).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.memory import parse_smaps_rollup
+from bench.memory import parse_smaps_rollup, peak_mib
 from cloudsim import CloudSim, SimConfig
 from runtime.client import Bus
 from runtime.config import EdgeHubExtras, EdgeHubSection, NodeConfig, RuntimeSection, WebsocketSection, store
@@ -37,6 +39,27 @@ def written_bytes(pid: int) -> int:
 
 def pss_mib(pid: int) -> float:
     return parse_smaps_rollup(Path(f"/proc/{pid}/smaps_rollup").read_text()).pss_mib
+
+
+class Peaks:
+    """The most PSS of each process, looked at now and then."""
+
+    def __init__(self, pids: dict[str, int]) -> None:
+        self._pids = pids
+        self._most = dict.fromkeys(pids, 0.0)
+
+    async def watch(self) -> None:
+        """Until cancelled."""
+        while True:
+            for name, pid in self._pids.items():
+                self._most[name] = max(self._most[name], await asyncio.to_thread(pss_mib, pid))
+            await asyncio.sleep(0.2)
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{name} at most {most:.1f} MiB PSS (resident {peak_mib(self._pids[name]):.1f})"
+            for name, most in self._most.items()
+        )
 
 
 def upload(number: int) -> Message:
@@ -101,13 +124,20 @@ async def send(bus: Bus, first: int, count: int) -> float:
     return count / (time.perf_counter() - begun)
 
 
+def move(source: Path, target: Path) -> None:
+    """The outbox's files, from one directory to another."""
+    target.mkdir(exist_ok=True)
+    for path in source.glob("outbox.db*"):
+        path.rename(target / path.name)
+
+
 async def main(backlog: int) -> None:
     with tempfile.TemporaryDirectory(prefix="outbox") as directory:
         config = SimConfig(directory=Path(directory) / "cloud", port=0, max_ids=2_000_000)
         async with CloudSim(config) as sim:
             bench = Bench(Path(directory) / "home", sim)
             bench.configure()
-            bench.start("runtime.broker")
+            broker = bench.start("runtime.broker")
             edgehub = bench.start("modules.edgehub")
             try:
                 endpoint = f"ipc://{bench.home.bus_socket}"
@@ -134,24 +164,38 @@ async def main(backlog: int) -> None:
                     await sim.inject("refuse")
                     await sim.inject("drop", NODE)
                     await sim.wait_for(lambda: not sim.is_served(NODE))
+                    peaks = Peaks({"broker": broker, "edgehub": edgehub})
+                    watching = asyncio.create_task(peaks.watch())
                     rate = await send(bus, first, backlog)
-                    pss = pss_mib(edgehub)
+                    watching.cancel()
                     size = (bench.home.data / "outbox.db").stat().st_size / 2**20
-                    print(f"offline: {rate:8,.0f} accepted/s (on disk), file {size:.0f} MiB, edgehub {pss:.1f} MiB PSS")
-                    bench.end("modules.edgehub", kill=True)
-                    await sim.inject("clear")
-                    begun = time.perf_counter()
-                    edgehub = bench.start("modules.edgehub")
-                    await sim.wait_served(NODE)
-                    served = time.perf_counter() - begun
-                    peak = 0.0
+                    print(f"offline: {rate:8,.0f} accepted/s (on disk), file {size:.0f} MiB; {peaks}")
+                    aside = bench.home.data / "outbox.aside"
+                    served = {}
+                    for stored in (0, backlog):
+                        bench.end("modules.edgehub", kill=True)
+                        await sim.inject("refuse")
+                        await sim.wait_for(lambda: not sim.is_served(NODE))
+                        if stored:
+                            for path in bench.home.data.glob("outbox.db*"):
+                                path.unlink()
+                            move(aside, bench.home.data)
+                        else:
+                            move(bench.home.data, aside)
+                        await sim.inject("clear")
+                        begun = time.perf_counter()
+                        edgehub = bench.start("modules.edgehub")
+                        await sim.wait_served(NODE)
+                        served[stored] = time.perf_counter() - begun
+                    print(", ".join(f"{n:,} stored: served {took:.2f} s after the start" for n, took in served.items()))
+                    peaks = Peaks({"broker": broker, "edgehub": edgehub})
+                    watching = asyncio.create_task(peaks.watch())
                     drained = time.perf_counter()
                     while (await status(bus))["stored"]:
-                        peak = max(peak, pss_mib(edgehub))
                         await asyncio.sleep(0.2)
                     rate = backlog / (time.perf_counter() - drained)
-                    print(f"kill -9 and start with {backlog:,} stored: served after {served:.2f} s")
-                    print(f"drained at {rate:8,.0f}/s, edgehub at most {peak:.1f} MiB PSS")
+                    watching.cancel()
+                    print(f"drained at {rate:8,.0f}/s; {peaks}")
             finally:
                 for module in list(bench.running):
                     bench.end(module)
