@@ -81,6 +81,8 @@ MAX_REQUESTERS: Final = 65536
 LINGER_MS: Final = 1000
 DRAIN_QUIET_SECONDS: Final = 1.0
 "A drain does not wait longer than this for a settlement when none comes: the broker has the messages."
+PRESENCE_RENEW_SECONDS: Final = 4.0
+"The broker ends a stream that was not renewed for 10 s (docs/emp.md, ADMIN)."
 LAZY_ACK_SECONDS: Final = 0.01
 "Requests and replies are settled for the books only, nobody waits for it: their ACKs are collected for so long."
 
@@ -317,7 +319,7 @@ class Bus:
         self._running: set[_Handling] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._requesters: dict[str, tuple[str, bytes]] = {}
-        self._streams: dict[int, asyncio.Queue[dict[str, Any]]] = {}
+        self._streams: dict[int, asyncio.Queue[dict[str, Any] | None]] = {}
         self._stream_number = 0
         self._draining = False
         self._group_waits: dict[tuple[str, int], dict[int, _GroupRequest]] = {}
@@ -627,9 +629,8 @@ class Bus:
                 while self.is_attached:
                     self._admin(number, "presence")
                     with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(4.0):  # the lease is 10 s
-                            while True:
-                                answer = await queue.get()
+                        async with asyncio.timeout(PRESENCE_RENEW_SECONDS):
+                            while (answer := await queue.get()) is not None:
                                 for module in answer.get("modules", ()):
                                     if module["state"] in ("attached", "draining"):
                                         yield Presence(module["name"], "attached", module["pid"])
@@ -637,6 +638,12 @@ class Bus:
                                     yield Presence(answer["name"], answer["event"], answer["pid"])
             finally:
                 self._streams.pop(number, None)
+
+    def _renew_streams(self) -> None:
+        """Another broker knows nothing of them."""
+        for queue in self._streams.values():
+            with contextlib.suppress(asyncio.QueueFull):
+                queue.put_nowait(None)
 
     def _admin(self, number: int, op: str) -> None:
         self._core.out.append(emp.encode(emp.ADMIN, emp.Admin(number, op), msgpack.packb({})))
@@ -854,9 +861,12 @@ class Bus:
                             late,
                             anew,
                         )
+                        if anew:
+                            self._renew_streams()
                         self._arm()
                     case Detached(why):
                         self._attached.clear()
+                        self._renew_streams()
                         log.info("detached name=%s reason=%s", self.name, why)
                         self._arm()
                     case Ended(error, fenced):

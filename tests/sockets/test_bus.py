@@ -633,9 +633,12 @@ def test_a_retained_message_reaches_members_that_come_later_also_after_a_restart
     run(scenario())
 
 
-def test_presence_tells_who_is_there_and_who_comes_and_goes(broker: ThreadBroker) -> None:
+def test_presence_tells_who_is_there_and_who_comes_and_goes(
+    broker: ThreadBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def scenario() -> None:
         events: list[tuple[str, str]] = []
+        monkeypatch.setattr("runtime.client.PRESENCE_RENEW_SECONDS", 3600.0)  # a restart is not to wait for it
 
         async with Bus.connect("watcher", endpoint=broker.endpoint) as watcher:
 
