@@ -17,7 +17,7 @@ from cloudsim import CloudSim
 from cloudsim.certificate_api import ApiFault
 from modules.edgehub import hub as hub_module
 from modules.edgehub.certificate_keeper import do_in_a_process
-from modules.edgehub.config import EdgeHubConfig, Endpoint
+from modules.edgehub.config import QUIC, WEBSOCKET, EdgeHubConfig, Endpoint
 from modules.edgehub.hub import EdgeHub
 from runtime import enrolling
 from runtime.enrolment import Job, Outcome
@@ -33,9 +33,11 @@ LIFETIME = 4
 
 def settings(sim: CloudSim, home: Path, **changes: Any) -> EdgeHubConfig:
     """A node that has nothing but the addresses (and a token, if that is among the changes)."""
+    port = sim.quic_port if changes.get("protocol") == QUIC else sim.port
+    assert port is not None
     values: dict[str, Any] = {
         "node_name": NODE,
-        "endpoints": (Endpoint("127.0.0.1", sim.port),),
+        "endpoints": (Endpoint("127.0.0.1", port),),
         "certificate_server": f"https://127.0.0.1:{sim.certificate_port}",
         "ca_file": str(home / "ca.crt"),
         "cert_file": str(home / "node.crt"),
@@ -130,12 +132,13 @@ def not_after(hub: EdgeHub) -> float:
     return float(hub.link_status()["certificate"]["not_after"])
 
 
-def test_a_rotation_keeps_the_link_until_a_quiet_moment(tmp_path: Path) -> None:
+@pytest.mark.parametrize("protocol", [WEBSOCKET, QUIC])
+def test_a_rotation_keeps_the_link_until_a_quiet_moment(tmp_path: Path, protocol: str) -> None:
     async def scenario() -> None:
-        async with cloud(tmp_path / "cloud", certificate_port=0) as sim:
+        async with cloud(tmp_path / "cloud", certificate_port=0, quic_port=0) as sim:
             assert sim.certificates is not None
             sim.certificates.api.signing_seconds = LIFETIME
-            config = settings(sim, tmp_path, token=sim.token())
+            config = settings(sim, tmp_path, token=sim.token(), protocol=protocol)
             async with node(config) as (hub, bus):
                 await until(lambda: state(hub) == "served", "a link")
                 sim.certificates.api.signing_seconds = 86_400.0
