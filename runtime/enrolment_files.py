@@ -66,7 +66,7 @@ class FileSet:
     @property
     def exists(self) -> bool:
         """Whether all three are there; call `recover` before."""
-        return all(path.exists() for path in (self.ca, self.cert, self.key))
+        return all(os.path.exists(path) for path in (self.ca, self.cert, self.key))  # Path.exists raises
 
     def lock(self) -> Lock:
         """For whoever is about to replace the set. Makes the directories. Raises NotEnrolled."""
@@ -120,8 +120,8 @@ class FileSet:
         """
         try:
             names = json.loads(self.journal.read_bytes())
-        except FileNotFoundError:
-            return False
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            return False  # who may not look here may not read the files either, and that will be told
         self._finish([(Path(new), Path(path)) for new, path in names])
         return True
 

@@ -379,3 +379,16 @@ def test_no_secret_is_in_the_environment_or_the_arguments_of_the_process(tmp_pat
             await asyncio.wait([joining])
 
     run(scenario())
+
+
+def test_files_that_cannot_even_be_looked_for_are_missing_and_edgehub_lives(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        (tmp_path / "file").write_bytes(b"in the place of a directory")
+        async with cloud(tmp_path / "cloud", certificate_port=0) as sim:
+            config = settings(sim, tmp_path, cert_file=str(tmp_path / "file" / "node.crt"), token=sim.token())
+            async with node(config) as (hub, _):
+                await until(lambda: hub.counters()["certificate_refusals"], "a refusal")
+                status = hub.link_status()["certificate"]
+                assert (status["standing"], status["last_refusal"]["code"]) == ("missing", "files")
+
+    run(scenario())
