@@ -89,6 +89,31 @@ def test_an_error_of_2019_answers_the_question_about_its_resource(tmp_path: Path
     run(scenario())
 
 
+def test_in_2019_the_first_connection_wins_and_the_second_comes_in_when_it_is_gone(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with (
+            cloud(tmp_path, hub_version=HubVersion.TREE_2019, keepalive_seconds=1.0) as sim,
+            running(
+                settings(
+                    sim,
+                    dialect=TREE_2019,
+                    silence_seconds=0.3,
+                    keepalive_limit_seconds=1.0,
+                    heartbeat_seconds=0.3,
+                    retry_cap_seconds=0.2,
+                )
+            ) as (hub, _),
+        ):
+            await until(lambda: state(hub) == "unproven", "the link")
+            await sim.inject("half-open", NODE)
+            deferral = await hand_over(hub, upload(7))
+            assert deferral is not None
+            await until(lambda: deferral.outcome == "done", "the upload, once the hub has let the old connection go")
+            assert hub.counters()["connects"] >= 2
+
+    run(scenario())
+
+
 # --- TLS of 2019: RSA, one suite, names in the subject alone ----------------------------------------------------
 
 

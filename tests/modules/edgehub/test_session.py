@@ -3,6 +3,8 @@
 import random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from modules.edgehub.config import Endpoint
 from modules.edgehub.session import (
@@ -14,6 +16,7 @@ from modules.edgehub.session import (
     DialDue,
     Drain,
     Drained,
+    Event,
     Failed,
     Finished,
     Greet,
@@ -450,6 +453,41 @@ def test_a_link_lost_while_draining_ends_it() -> None:
     link.receive(StopWanted(), now=now)
     assert link.receive(Lost("EOF"), now=now) == [Announce(False), Finished()]
     assert link.next_deadline() is None
+
+
+@given(st.data(), st.integers(1, 3), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_whatever_happens_in_whatever_order_the_session_goes_on(
+    data: st.DataObject, endpoints: int, is_answered: bool
+) -> None:
+    """A shell that obeys the actions, and a world that does anything at any time."""
+    link = session(*(Endpoint(f"hub-{n}", 1) for n in range(endpoints)), failback=60.0, is_answered=is_answered)
+    now, is_announced, is_hung_up = 0.0, False, False
+    pending = list(link.start())
+    for _ in range(60):
+        for action in pending:
+            if isinstance(action, Announce):
+                is_announced = action.is_connected
+            elif isinstance(action, Hangup):
+                is_hung_up = True
+        assert is_announced == (link.state in (LinkState.SERVED, LinkState.UNPROVEN))
+        moves: list[Event] = [MoveWanted("m"), Quiet(), Probed(True), Probed(False)]
+        if link.state is LinkState.CLOSED:
+            assert link.next_deadline() is not None, "it dials again by itself"
+        elif link.state is LinkState.DIALLING:
+            moves += [Opened(), Failed("f")]
+        else:
+            moves += [Lost("l")] * (3 if is_hung_up else 1)
+            moves += [] if is_hung_up else [Proven()]
+        event = data.draw(st.none() | st.sampled_from(moves))
+        if event is None:
+            now = max(now, link.next_deadline() or now)
+            pending = link.expire(now=now)
+        else:
+            now += data.draw(st.sampled_from([0.0, 0.5, 20.0]))
+            pending = link.receive(event, now=now)
+        if isinstance(event, Lost | Opened):
+            is_hung_up = False
 
 
 @pytest.mark.parametrize("begun", [False, True])
