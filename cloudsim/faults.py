@@ -27,7 +27,7 @@ Kind = Literal[
 Wrong = Literal["expired", "not-yet-valid", "wrong-ca", "wrong-host", "old-version"]
 "What a `tls` fault makes wrong."
 
-LASTING: frozenset[Kind] = frozenset({"throttle", "delay", "loss", "slow-pong", "reject"})
+LASTING: frozenset[Kind] = frozenset({"throttle", "delay", "loss", "slow-pong", "reject", "tls"})
 "These also meet connections made later, until they are cleared."
 
 
@@ -70,8 +70,8 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             raise ValueError(f"`seconds` is {self.seconds}, expected 0 to 86400")
         if self.fault == "throttle" and not (self.bytes_per_second and self.bytes_per_second >= 1):
             raise ValueError("throttle needs `bytes_per_second` of at least 1")
-        if self.fault == "tls" and self.wrong is None:
-            raise ValueError("tls needs `wrong`")
+        if self.fault == "tls" and (self.wrong is None or self.node):
+            raise ValueError("tls needs `wrong`, and no `node`: nobody has a name yet when TLS begins")
         if self.fault == "loss" and self.rate is None:
             raise ValueError("loss needs `rate`")
         if self.rate is not None and not 0 <= self.rate <= 1:

@@ -304,7 +304,6 @@ class CloudSim:
             return
         if fault.fault == "tls":
             self._present(fault.wrong)
-            return
         if fault.fault == "clear" and not fault.node:
             self._cancel_reopen()
             self._present()

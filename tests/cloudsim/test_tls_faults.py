@@ -53,6 +53,7 @@ def test_a_server_is_wrong_in_the_way_that_is_asked_for_and_right_again(tmp_path
         async with cloud(tmp_path) as sim, served(sim) as node:
             assert await verification(sim) == ""
             await sim.inject("tls", wrong=wrong)
+            assert [fault.wrong for fault in sim.shell.lasting] == [wrong]
             assert said in await verification(sim)
             await node.barrier()  # a connection of before stays
             await sim.inject("clear")

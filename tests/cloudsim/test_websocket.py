@@ -467,6 +467,10 @@ def test_restart_drops_all_and_listens_again_on_the_same_port(tmp_path: Path) ->
         {"fault": "drop-at"},
         {"fault": "drop-at", "count": 0},
         {"fault": "stall", "seconds": -1.0},
+        {"fault": "tls"},
+        {"fault": "tls", "wrong": "expired", "node": "edge-a"},
+        {"fault": "loss"},
+        {"fault": "loss", "rate": 1.5},
     ],
 )
 def test_a_fault_without_what_it_needs_is_refused(wrong: dict[str, Any]) -> None:
