@@ -247,6 +247,45 @@ def test_a_peer_that_does_not_read_holds_us_up_and_loses_nothing(program: Path, 
     run(scenario())
 
 
+_PACKAGE = "01010100010000000004" + "0a001200"
+"An empty message."
+
+
+@pytest.mark.parametrize(
+    ("data", "end", "is_the_end"),
+    [
+        ("737472" + "00" * 1000, "", False),  # raw bytes
+        ("737472" + "00" * 1000, "reset", False),
+        ("78797a" + "00" * 1000, "", False),  # a use that nobody knows
+        ("6d73", "fin", True),  # ended before it said what for
+        ("6d7367", "fin", False),
+        ("6d7367" + _PACKAGE * 3, "fin", False),
+        ("6d7367" + _PACKAGE * 3, "reset", False),
+        ("6d7367" + "ffffffffffff00000004" + "0a001200", "", False),  # only the length is looked at
+        ("6d7367" + "01010100010000000002" + "0a00", "", False),  # no router: crashes a CloudHub
+        ("6d7367" + "01010100010000000003" + "ffffff", "", False),  # no protobuf
+        ("6d7367" + _PACKAGE + _PACKAGE[:20], "fin", True),
+        ("6d7367" + "01010100010002000001", "", True),  # longer than any reader takes
+    ],
+)
+def test_what_no_cloudhub_would_write_ends_its_stream_or_the_link_and_loses_nothing(
+    program: Path, tmp_path: Path, data: str, end: str, is_the_end: bool
+) -> None:
+    async def scenario() -> None:
+        async with met(program, tmp_path) as (peer, hub, bus):
+            await peer.ask("/raw", {"node": NODE, "hex": data, "end": end})
+            if is_the_end:
+                await connections(peer, 2)
+                await is_served(hub)
+            await settled([await hand_over(hub, upload(number)) for number in range(100)])
+            await peer.send(NODE, **COMMAND, count=100)
+            await until(lambda: len(bus.sent_to("eventbus")) == 100, "the commands")
+            assert await numbers(peer) == list(range(100))
+            assert hub.counters()["connects"] == (2 if is_the_end else 1)
+
+    run(scenario())
+
+
 def test_twelve_mebibytes_reach_the_peer_and_sixteen_come_from_it(program: Path, tmp_path: Path) -> None:
     async def scenario() -> None:
         async with met(program, tmp_path) as (peer, hub, bus):
@@ -299,6 +338,37 @@ def test_cloudsim_serves_an_edge_node_in_go_as_a_peer(program: Path, tmp_path: P
                 assert await edge.finish() == ""
                 commands = [each for each in edge.saw("received") if each["group"] == "user"]
                 assert [json.loads(each["content"])["number"] for each in commands] == list(range(15))
+
+    run(scenario())
+
+
+def test_cloudsim_asks_a_peer_again_that_does_not_acknowledge_and_drops_it_when_told(
+    program: Path, tmp_path: Path
+) -> None:
+    async def scenario() -> None:
+        async with cloud(tmp_path, quic_port=0) as sim:
+            authority = Authority(sim.ca.certificate.parent)
+            async with GoEdge(program, authority, NODE, sim.quic_port or 0, mute=True) as edge:
+                await sim.wait_served(NODE)
+                sim.send(NODE, config_map("settings", 1))
+                await until(lambda: len(edge.saw("received")) == 2, "the object again, after five seconds")
+                assert len({each["id"] for each in edge.saw("received")}) == 1
+                sim.kick(NODE)
+                assert "Application error" in await edge.finish()
+
+    run(scenario())
+
+
+def test_cloudsim_serves_no_peer_with_the_certificate_of_another_node(program: Path, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with cloud(tmp_path, quic_port=0, enforce_authorization=True) as sim:
+            authority = Authority(sim.ca.certificate.parent)
+            authority.node(NODE, common_name="system:node:edge-2")
+            async with GoEdge(program, authority, NODE, sim.quic_port or 0) as edge:
+                await until(lambda: edge.saw("control"), "the ack on the control stream")
+                await asyncio.sleep(0.5)  # nothing happens that could be waited for
+                assert not edge.saw("confirmed")
+                assert not sim.is_served(NODE)
 
     run(scenario())
 

@@ -33,6 +33,7 @@ type state struct {
 //	POST /rules     {"reject", "stall"}        for connections that come
 //	POST /stall     {"node", "on"}             read nothing more, or again
 //	POST /open      {"node", "count"}          open streams towards the node
+//	POST /raw       {"node", "hex", "end"}     write bytes into a stream of their own: "fin", "reset" or "" ends it
 //	POST /kick      {"node"}                   end the connection
 func (h *hub) control() http.Handler {
 	mux := http.NewServeMux()
@@ -82,6 +83,13 @@ func (h *hub) control() http.Handler {
 		}
 		answer(w, o)
 	}))
+	mux.HandleFunc("POST /raw", h.toSession(func(w http.ResponseWriter, s *session, o nodeOrder) {
+		if err := s.writeRaw(o.Hex, o.End); err != nil {
+			http.Error(w, err.Error(), http.StatusConflict)
+			return
+		}
+		answer(w, o)
+	}))
 	mux.HandleFunc("POST /kick", h.toSession(func(w http.ResponseWriter, s *session, o nodeOrder) {
 		s.end(errKicked)
 		answer(w, o)
@@ -94,6 +102,8 @@ type nodeOrder struct {
 	Node  string `json:"node"`
 	On    bool   `json:"on"`
 	Count int    `json:"count"`
+	Hex   string `json:"hex"`
+	End   string `json:"end"`
 }
 
 func (h *hub) toSession(do func(http.ResponseWriter, *session, nodeOrder)) http.HandlerFunc {

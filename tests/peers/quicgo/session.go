@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"sync"
@@ -200,6 +201,30 @@ func (s *session) send(d *delivery) error {
 		return err
 	}
 	s.hub.sent(d)
+	return nil
+}
+
+// writeRaw opens a stream and writes what no CloudHub would. The edge may answer on it: it is read.
+func (s *session) writeRaw(text, end string) error {
+	data, err := hex.DecodeString(text)
+	if err != nil {
+		return err
+	}
+	stream, err := s.quic.OpenStreamSync(s.ending)
+	if err != nil {
+		return err
+	}
+	if _, err := stream.Write(data); err != nil {
+		return err
+	}
+	go s.lane.Read(s.ending, stream, s.handle)
+	switch end {
+	case "fin":
+		return stream.Close()
+	case "reset":
+		time.Sleep(50 * time.Millisecond) // a reset overtakes what is not sent yet
+		stream.CancelWrite(7)
+	}
 	return nil
 }
 

@@ -217,12 +217,15 @@ func (c *Conn) open(ctx context.Context, handle Handler) (*quic.Stream, error) {
 	if err != nil {
 		return nil, err
 	}
-	go func() {
-		if err := c.readMessages(ctx, stream, handle); err != nil {
-			c.quic.CloseWithError(CodeProtocol, err.Error()) // without effect if it is closed already
-		}
-	}()
+	go c.Read(ctx, stream, handle)
 	return stream, nil
+}
+
+// Read reads the messages that come on a stream opened here, until it ends. An error ends the connection.
+func (c *Conn) Read(ctx context.Context, stream *quic.Stream, handle Handler) {
+	if err := c.readMessages(ctx, stream, handle); err != nil {
+		c.quic.CloseWithError(CodeProtocol, err.Error()) // without effect if it is closed already
+	}
 }
 
 func (c *Conn) begin(ctx context.Context) (*quic.Stream, error) {
