@@ -271,6 +271,7 @@ class LinkSession:
         self._keepalive_at: float | None = None
         self._redial_at: float | None = None
         self._probe_at: float | None = None
+        self._is_first_away = False  # by the last look at it
         self._failback_pause = failback_seconds
         self._move_wanted: str | None = None  # the reason
         self._is_returning = False  # that move is to the first endpoint
@@ -332,6 +333,7 @@ class LinkSession:
                 return [Dial(self.endpoint)]
             case Opened():
                 self._opened_at = now
+                self._is_first_away = self._is_first_away and not self._is_first
                 self._greeting_due = now + self._greeting_seconds
                 self._keepalive_at = now + self._heartbeat_seconds
                 self._enter(state, f"connected to {self.endpoint}, greeting", now)
@@ -429,7 +431,8 @@ class LinkSession:
             self._enter(state, why, now)
         elif was_open and lived_seconds >= self._stable_seconds:
             self._failures = 0
-            self._turn = 0
+            if not self._is_first_away:
+                self._turn = 0
             self._dial_at = now + self._backoff.delay(0)
             self._forget_link()
             self._enter(state, why, now)
@@ -494,6 +497,7 @@ class LinkSession:
     def _on_probed(self, is_reachable: bool, now: float) -> list[Action]:
         if self._is_first or not self._is_up:
             return []
+        self._is_first_away = not is_reachable
         if not is_reachable:
             self._probe_at = now + self._backoff.about(self._failback_pause)
             return []

@@ -340,6 +340,22 @@ def test_the_first_endpoint_is_never_looked_for_while_it_serves_or_when_told_not
     assert link.expire(now=now + 1e6) == [Keepalive()]
 
 
+def test_after_a_loss_the_first_endpoint_is_not_tried_first_when_the_last_look_found_it_away() -> None:
+    """It may be a black hole, and cost the whole handshake time."""
+    link = session(ONE, TWO, failback=300.0)
+    serve_second(link)
+    now = until_probe(link)
+    link.receive(Probed(False), now=now)
+    link.receive(Lost("gone"), now=now)
+    (action,), now = dial(link)
+    assert action == Dial(TWO)
+    link.receive(Failed("no"), now=now)
+    now = serve(link)
+    assert link.endpoint == ONE, "it is back after all"
+    link.receive(Lost("gone"), now=now + 20.0)
+    assert dial(link)[0] == [Dial(ONE)]
+
+
 def test_a_first_endpoint_that_can_be_reached_but_does_not_serve_is_tried_less_and_less() -> None:
     link = session(ONE, TWO, failback=300.0)
     served = serve_second(link)
