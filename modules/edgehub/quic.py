@@ -60,6 +60,9 @@ _SOCKET_BYTES: Final = 2**20
 _ADDRESS_SECONDS: Final = 2.0
 "For the first answer of one address, before the next one of the same name is tried."
 _MOVE_PAUSE_SECONDS: Final = 1.0
+_REFUSALS: Final = 3
+_REFUSED_SECONDS: Final = 0.3
+"A link that works counts as gone after so many refusals over so long, with nothing else in between."
 
 
 class _Connection(QuicConnection):
@@ -163,6 +166,7 @@ class QuicLink:
         self._lost: LinkLost | None = None
         self._addresses: AddressWatch | None = None
         self._moved_at = float("-inf")
+        self._refusals: list[float] = []  # when, since the last datagram came
 
     # --- Link ----------------------------------------------------------------------------------
 
@@ -355,6 +359,7 @@ class QuicLink:
         try:
             for _ in range(_READ_DATAGRAMS):
                 take(receive(_MAX_DATAGRAM_BYTES), self._peer, now)
+                self._refusals.clear()
         except BlockingIOError:
             pass
         except OSError as fault:
@@ -390,7 +395,11 @@ class QuicLink:
             self._unsent.append(datagram)
             return
         try:
-            self._socket.send(datagram)
+            try:
+                self._socket.send(datagram)
+            except ConnectionRefusedError as fault:  # of an earlier one; this one was not sent
+                self._on_socket_fault(fault)
+                self._socket.send(datagram)
         except BlockingIOError:
             self._unsent.append(datagram)
             self._loop.add_writer(self._socket, self._turn, self._flush)
@@ -536,8 +545,13 @@ class QuicLink:
         if self._opened is not None and not self._opened.done():
             self._opened.set_exception(fault)  # refused, unreachable
         elif fault.errno != errno.ECONNREFUSED:
-            # Refusals (ICMP) of a link that works may be anybody's; if it is true, silence will tell.
             self._loop.call_soon(self._move)
+        elif self._lost is None:
+            # One refusal (ICMP) may be anybody's; several, and nothing else, mean that CloudHub is gone.
+            now = self._loop.time()
+            self._refusals.append(now)
+            if len(self._refusals) >= _REFUSALS and now >= self._refusals[0] + _REFUSED_SECONDS:
+                self._lose(LinkLost("CloudHub's port is closed", is_cut_by_cloud=True))
 
     def _check_address(self) -> None:
         """Something changed about this machine's addresses or routes: does the socket still leave by the best?"""

@@ -17,6 +17,7 @@ from modules.edgehub.quic import CREDIT_BYTES, QuicLink
 from runtime import viaduct
 from runtime.message import BYTES, Message
 from tests.support.aio import run, until
+from tests.support.lossy import LossyLine
 from tests.support.quic_hub import Node, QuicHub, polite, serving
 
 SIGNAL, DATA = Class.SIGNAL, Class.DATA
@@ -523,6 +524,34 @@ def test_a_fault_of_the_library_ends_the_link_rather_than_hang_it(
             with pytest.raises(LinkLost, match="QUIC: AssertionError"):
                 await link.receive()
             await link.close(is_polite=False)
+
+    run(scenario())
+
+
+def test_a_cloud_that_dies_without_a_word_is_noticed_by_its_closed_port(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as hub, LossyLine(hub.port) as line:
+            link = await opened(hub, endpoints=(Endpoint("127.0.0.1", line.port),))
+            line.close_port()
+            link.write(payloads(message(1)), 1)
+            with pytest.raises(LinkLost, match="CloudHub's port is closed") as lost:
+                await link.receive()
+            assert lost.value.is_cut_by_cloud
+            await link.close(is_polite=False)
+
+    run(scenario())
+
+
+def test_a_refusal_or_two_do_not_end_a_link_that_works(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as hub:
+            link = await opened(hub)
+            for number in range(1, 6):
+                for _ in range(2):
+                    link._on_socket_fault(ConnectionRefusedError(111, "Connection refused"))
+                link.write(payloads(message(number)), number)
+                assert await link.receive() == [Passed(number)]
+            await link.close(is_polite=True)
 
     run(scenario())
 

@@ -43,8 +43,14 @@ class LossyLine:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         for each in (self._near, *self.ways.values()):
-            self._loop.remove_reader(each)
-            each.close()
+            if each.fileno() >= 0:
+                self._loop.remove_reader(each)
+                each.close()
+
+    def close_port(self) -> None:
+        """Who sends to the port is refused from now on, as when the process behind it has died."""
+        self._loop.remove_reader(self._near)
+        self._near.close()
 
     @staticmethod
     def _socket() -> socket.socket:
