@@ -7,7 +7,7 @@ with requests, and one reply is one handling.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from runtime import emp
 from runtime.conform import wire
@@ -20,7 +20,7 @@ from runtime.conform.module_stage import (
     message,
     other,
 )
-from runtime.conform.play import Catalogue, Script, expect
+from runtime.conform.play import Catalogue, Script, Seen, expect
 
 CHECKS: Final = Catalogue()
 check = CHECKS.enter
@@ -44,7 +44,7 @@ def request(stage: ModuleStage) -> Script:
     hello = yield from stage.attached()
     delivery = stage.deliver(message("q-1"))
     yield from stage.served(delivery, "q-1")
-    [(seen, reply)] = stage.replies(delivery.mark)
+    seen, reply = only_reply(stage, delivery, "q-1")
     header: emp.Send = seen.header
     expect(header.destination == ASKER.name, f"the reply goes to {header.destination!r}")
     expect(header.flags & emp.REPLY, "the reply has not the flag REPLY")
@@ -54,15 +54,23 @@ def request(stage: ModuleStage) -> Script:
     expect(hello.name == stage.traits.name, "its name changes")
 
 
+def only_reply(stage: ModuleStage, delivery: Delivery, id: str) -> tuple[Seen, list[Any]]:
+    """The reply to one request; fails when there are several."""
+    found = stage.replies(delivery.mark, id)
+    expect(len(found) == 1, f"{len(found)} replies to {id}")
+    return found[0]
+
+
 @check("request-order", "11, 17 rule 28", "the SEND of a reply goes before the ACK of its request", needs=("answers",))
 def request_order(stage: ModuleStage) -> Script:
     yield from stage.attached()
     for number in range(1, 6):
         delivery = stage.deliver(message(f"q-{number}"), first=number, floor=number)
         yield from stage.served(delivery, f"q-{number}")
-        [(reply, _)] = stage.replies(delivery.mark, f"q-{number}")
-        [ack] = stage.acks_of(delivery)[:1]
-        expect(stage.record.index(reply) < stage.record.index(ack), "the ACK came before the reply")
+        reply, _ = only_reply(stage, delivery, f"q-{number}")
+        acks = stage.acks_of(delivery)
+        expect(acks, f"no ACK for request {number}: it was acknowledged before it came")
+        expect(stage.record.index(reply) < stage.record.index(acks[0]), "the ACK came before the reply")
 
 
 @check("reply-content", "6, 12", "content and kind of a message come through as they stand", needs=("echoes",))

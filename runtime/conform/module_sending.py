@@ -223,8 +223,9 @@ def asked(stage: ModuleStage) -> Scene[tuple[str, str]]:
     if not found:
         raise NotApplicable(f"it asked nothing within {wait:.0f} s")
     header: emp.Send = found[-1].header
-    id = wire.messages_of(found[-1].frames[2])[-1][0]
-    return str(id), header.destination.removeprefix("@")
+    messages = wire.messages_of(found[-1].frames[2])
+    expect(messages, "its request holds no message")
+    return str(messages[-1][0]), header.destination.removeprefix("@")
 
 
 def replied_to(stage: ModuleStage, id: str, name: str, number: int, requester: bytes) -> Delivery:

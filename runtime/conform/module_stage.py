@@ -80,14 +80,14 @@ def message(
     return [id, parent, 1_700_000_000_000, False, "", "conform", "user", resource, operation, "json", text]
 
 
-def is_same(sent: list[object], reply: list[object]) -> bool:
+def is_same(sent: list[Any], reply: list[Any]) -> bool:
     """Whether a message comes back with the same content."""
     if sent[9] != reply[9]:
         return False
     if sent[9] != "json":
-        return sent[10] == reply[10]
+        return bool(sent[10] == reply[10])
     try:
-        return bool(json.loads(bytes(sent[10])) == json.loads(bytes(reply[10])))  # type: ignore[call-overload]
+        return bool(json.loads(sent[10]) == json.loads(reply[10]))
     except ValueError:
         return False
 

@@ -8,13 +8,14 @@ it does not know.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, TypeVar
 
 from runtime.conform import wire
 
-MAX_SEEN: Final = 20_000
+MAX_SEEN: Final = 50_000
 "Frames of one play; who says more has failed."
 SHOWN_FRAMES: Final = 14
 "Frames that a verdict shows at the most, the last ones."
@@ -157,6 +158,10 @@ class Settings:
         )
 
 
+def _place(said: tuple[int, Seen]) -> int:
+    return said[0]
+
+
 class Stage:
     """What both sides' stages have: the record, the actions, the waiting."""
 
@@ -171,6 +176,7 @@ class Stage:
         "Seconds since the play began."
         self.record: list[Seen | Note] = []
         self.actions: list[Action] = []
+        self._said: dict[str, list[tuple[int, Seen]]] = {}  # by verb: place in the record, and what was said
 
     # --- acting ---
 
@@ -190,6 +196,8 @@ class Stage:
             raise Failed(f"more than {MAX_SEEN} frames")
         header, fault = wire.read(frames, self.reads)
         seen = Seen(self.now, True, end, frames, wire.verb_of(frames), header, fault)
+        if header is not None:
+            self._said.setdefault(seen.verb, []).append((len(self.record), seen))
         self.record.append(seen)
         return seen
 
@@ -208,15 +216,13 @@ class Stage:
 
     def since(self, mark: int, *verbs: str, end: str | None = None) -> list[Seen]:
         """What the one under test has said since `mark` (well formed, of these verbs, on this connection)."""
-        return [
-            seen
-            for seen in self.record[mark:]
-            if isinstance(seen, Seen)
-            and seen.from_peer
-            and seen.header is not None
-            and (not verbs or seen.verb in verbs)
-            and (end is None or seen.end == end)
-        ]
+        found: list[tuple[int, Seen]] = []
+        for verb in verbs or tuple(self._said):
+            said = self._said.get(verb, [])
+            found += said[bisect_left(said, mark, key=_place) :]
+        if len(verbs) != 1:
+            found.sort(key=_place)
+        return [seen for _, seen in found if end is None or seen.end == end]
 
     # --- waiting ---
 

@@ -235,17 +235,11 @@ def body_fault(body: bytes, count: int) -> str | None:
         return f"the body is no MessagePack: {fault}"
     if type(messages) is not list or len(messages) != count:
         return f"the body is no array of {count} messages"
-    for message in messages:
-        if type(message) is not list:
-            return f"a message is no array: {shown(message)}"
-        for field, value in zip(MESSAGE_FIELDS, message, strict=False):
-            if not field.check(value):
-                return f"a message's {field.name!r} is {shown(value)}"
-    return None
+    return next(filter(None, map(_message_fault, messages)), None)
 
 
 def messages_of(body: bytes) -> list[list[Any]]:
-    """The messages of a body, each with all its fields up to content; [] when it holds none."""
+    """The messages of a body that are well formed, each with all its fields up to content."""
     try:
         found = unpack(body)
     except ValueError:
@@ -253,7 +247,16 @@ def messages_of(body: bytes) -> list[list[Any]]:
     if type(found) is not list:
         return []
     defaults: list[Any] = ["", "", 0, False, "", "", "", "", "", "json", b"null"]
-    return [[*message, *defaults[len(message) :]] for message in found if type(message) is list]
+    return [[*message, *defaults[len(message) :]] for message in found if _message_fault(message) is None]
+
+
+def _message_fault(message: Any) -> str | None:
+    if type(message) is not list:
+        return f"a message is no array: {shown(message)}"
+    for field, value in zip(MESSAGE_FIELDS, message, strict=False):
+        if not field.check(value):
+            return f"a message's {field.name!r} is {shown(value)}"
+    return None
 
 
 def sizes_of(body: bytes) -> list[int]:

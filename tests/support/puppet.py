@@ -1,7 +1,8 @@
 """A module that does all of EMP/1 and nothing else, written from docs/emp.md: a pure core, and a process around it.
 
 It echoes requests, uploads, asks, retains, is in a group. A *fault* breaks one rule and no other: with it, the puppet
-shows that the conformance runner sees the breach. `python -m tests.support.puppet FAULT…` runs it.
+shows that the conformance runner sees the breach. Others are freedoms that the page leaves; they break nothing.
+`python -m tests.support.puppet FAULT…` runs it.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ class Puppet:
             late = self.pinged is not None and now - self.pinged[1] > LIVENESS
             if late and not self.bad("pong-not-missed"):
                 self.greet(now)
-            elif now >= self.ping_at and self.pinged is None:
+            elif now >= self.ping_at and (self.pinged is None or self.bad("ping-anyhow")):
                 self.ping(now)
         for id, deadline in list(self.asks.items()):
             if now >= deadline:
@@ -153,14 +154,18 @@ class Puppet:
         if self.state == "greeting" and not self.bad("hello-once"):
             due.append(self.hello_at + (0.05 if self.bad("hello-flood") else 0.5))
         if self.state == "attached":
-            due.append(self.ping_at if self.pinged is None else self.pinged[1] + LIVENESS + 0.001)
+            if self.pinged is None or self.bad("ping-anyhow"):
+                due.append(self.ping_at)
+            if self.pinged is not None:
+                due.append(self.pinged[1] + LIVENESS + 0.001)
         return min(due)
 
     def ping(self, now: float) -> None:
         if not self.bad("nonce-again"):
             self.nonce += 1
         self.pings += 1
-        self.pinged = (self.nonce, now)
+        # With a PING on its way already, it is that one's PONG that is missed.
+        self.pinged = (self.nonce, now if self.pinged is None else self.pinged[1])
         self.ping_at = now + (5.0 if self.bad("ping-slow") else self.heartbeat)
         floors = (
             []
@@ -178,9 +183,9 @@ class Puppet:
             self.exit(-15)
             return
         self.draining_until = now + DRAIN_SECONDS
-        if self.state == "attached":
+        if self.state == "attached" and not self.bad("bye-only"):
             self.say("DRAIN", 4000)
-        if self.bad("drain-leaves"):
+        if self.bad("drain-leaves") or self.bad("bye-only"):
             self.leave()
         self.look(now)
 
@@ -476,6 +481,8 @@ class Puppet:
             reply = self.message("response", content, message[0], message[9])
             to = incarnation if not self.bad("reply-to-nobody") else b"no such process."
             self.put(sender, 0, reply, REPLY, requester=to)
+            if self.bad("replies-twice"):
+                self.put(sender, 0, self.message("response", content, message[0], message[9]), REPLY, requester=to)
         self.finish(book, number)
 
     def finish(self, book: Book, number: int) -> None:
@@ -491,7 +498,8 @@ class Puppet:
         if self.bad("ack-beyond"):
             done += 1
         if book.session == session and self.state == "attached" and done >= from_:
-            refused = [[number, why] for number, why in sorted(book.failed.items()) if from_ <= number <= done]
+            least = from_ if not self.bad("void-told") else 0
+            refused = [[number, why] for number, why in sorted(book.failed.items()) if least <= number <= done]
             if self.bad("failures-forgotten"):
                 for number, _ in refused:
                     book.failed.pop(number, None)

@@ -19,8 +19,15 @@ STEP = 0.001
 class ModulePlay:
     """One check of a module, played with a puppet that has these faults."""
 
-    def __init__(self, check: Check, faults: Iterable[str] = (), traits: Traits | None = None) -> None:
+    def __init__(
+        self,
+        check: Check,
+        faults: Iterable[str] = (),
+        traits: Traits | None = None,
+        kind: Callable[[Iterable[str], bytes], Puppet] = Puppet,
+    ) -> None:
         self.faults = frozenset(faults)
+        self.kind = kind
         self.now = 100.0
         self.processes = 0
         self.connections = 0
@@ -59,7 +66,7 @@ class ModulePlay:
                 case Start():
                     self.processes += 1
                     self.inbox = None
-                    self.puppet = Puppet(self.faults, f"puppet {self.processes}........"[:16].encode())
+                    self.puppet = self.kind(self.faults, f"puppet {self.processes}........"[:16].encode())
                     self._connect()
                 case Signal("TERM"):
                     if self.puppet is not None:
@@ -165,6 +172,3 @@ class Mangler:
 
     def say(self, said: list[tuple[str, list[bytes]]]) -> list[tuple[str, list[bytes]]]:
         return said
-
-
-Mangle = Callable[[], Mangler]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import random
 
 import pytest
 
+from runtime import emp
 from runtime.conform import module_checks
 from runtime.conform.module_stage import Traits
-from runtime.conform.play import FAIL, PASS, Check, Finding, Result
+from runtime.conform.play import FAIL, NOT_APPLICABLE, PASS, Check, Finding, Result
 from runtime.conform.referee import RULES
 from runtime.conform.shell import judge
+from tests.support.puppet import Puppet
 from tests.support.theatre import ModulePlay
 
 CHECKS = {check.name: check for check in module_checks.ALL}
@@ -65,6 +68,7 @@ FAULTS = {
     # receiving
     "no-outcome": ["outcome", "group"],
     "reply-to-nobody": ["request"],
+    "replies-twice": ["request", "request-order", "batch"],
     "ack-first": ["request-order"],
     "content-ascii": ["reply-content"],
     "floors-untold": ["reply-settled"],
@@ -147,6 +151,40 @@ def test_a_module_that_keeps_all_rules_passes(check: Check) -> None:
     assert play.result.outcome == PASS, (play.result.why, *play.result.frames)
     faults = {name: found.fault for name, found in play.stage.referee.findings.items() if found.fault}
     assert not faults
+
+
+@pytest.mark.parametrize("freedom", ["bye-only", "void-told", "ping-anyhow"])
+def test_what_the_page_leaves_free_fails_nothing(freedom: str) -> None:
+    for check in SCRIPTED:
+        play = ModulePlay(check, [freedom], whole()).play
+        assert play.result is not None
+        assert play.result.outcome in (PASS, NOT_APPLICABLE), (check.name, play.result.why, *play.result.frames)
+        assert not any(found.fault for found in play.stage.referee.findings.values())
+
+
+class Monkey(Puppet):
+    """Says anything at any time."""
+
+    def __init__(self, seed: int, incarnation: bytes) -> None:
+        super().__init__((), incarnation)
+        self.random = random.Random(seed)
+
+    def receive(self, frames: list[bytes], now: float) -> None:
+        super().receive(frames, now)
+        said = list(self.out)
+        for _ in range(self.random.choice((0, 0, 0, 1, 2))):
+            verb = self.random.choice(sorted(emp.VERBS))
+            shape = self.random.choice(said or [[emp.PING, b"\x91\x01"]])
+            header = self.random.choice((shape[1], b"\x90", b"\xc1", b"\x93\x01\x01\x90", b"\xa1x"))
+            body = self.random.choice(([], shape[2:], [b"\x91\x01"], [b"\x91\x91\xa1q"], [b"\xc1"]))
+            self.out.append([self.random.choice((verb, shape[0])), header, *body])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_a_module_says_the_runner_comes_to_a_verdict(seed: int) -> None:
+    for check in SCRIPTED:
+        play = ModulePlay(check, (), whole(), lambda _, incarnation: Monkey(seed, incarnation)).play
+        assert play.result is not None
 
 
 def test_every_standing_rule_has_something_to_judge() -> None:
