@@ -30,6 +30,7 @@ from runtime.admin import AdminClient, BrokerSilent
 from runtime.home import Home
 from runtime.ledger import OUTBOX_FILE, compose, read_outbox
 from runtime.locks import holder, holders
+from runtime.module import EXIT_FENCED
 from runtime.supervisord import Supervisor, SupervisorError
 
 START_SECONDS: Final = 30.0
@@ -40,7 +41,8 @@ MODULES: Final = ("maker", "keeper", "asker", "answerer")
 NODE_LOCK: Final = "node"
 ELSEWHERE_NICE: Final = 10
 LEDGER_SECONDS: Final = 5.0
-_LIFE: Final = re.compile(rb" (attached|back|silent|fenced|gone) module=")
+_LIFE: Final = re.compile(rb" (attached|back|silent|gone) module=")
+_FENCED: Final = b"(exit status %d;" % EXIT_FENCED
 
 MOSQUITTO_CONF: Final = """\
 listener {port} 127.0.0.1
@@ -179,6 +181,7 @@ class Rig:
         self.power_lost = False
         "Before the next start the files become what a power loss leaves."
         self._broker_log = Tail(self.home.log / "broker.log")
+        self._supervisord_log = Tail(self.home.log / "supervisord.log")
         self._life: Counter[str] = Counter()
 
     # --- starting -------------------------------------------------------------------------------------
@@ -290,11 +293,15 @@ class Rig:
         return list(dict.fromkeys(pid for pid in pids if pid))
 
     def life(self) -> Counter[str]:
-        """How often the broker has said so far that a module is `attached`, `back`, `silent`, `fenced` or `gone`."""
+        """How often so far the broker has said that a module is `attached`, `back`, `silent` or `gone`, and how often
+        one has ended as `fenced`.
+        """
         for line in self._broker_log.lines():
             found = _LIFE.search(line)
             if found is not None:
                 self._life[found[1].decode()] += 1
+        # Where the broker had given it up already, it says nothing more of a process that it fences.
+        self._life["fenced"] += sum(_FENCED in line for line in self._supervisord_log.lines())
         return self._life
 
     def ledger(self) -> dict[str, Any] | None:
