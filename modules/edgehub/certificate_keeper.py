@@ -68,15 +68,19 @@ class CertificateKeeper:
     async def run(self) -> NoReturn:
         while True:
             step = self._plan.step(now=self._loop.time(), wall=self._clock())
+            is_issued = False
             if step is None:
                 self._complain()
                 await asyncio.sleep(self._plan.next_look(now=self._loop.time(), wall=self._clock()))
             else:
-                await self._do(step)
+                is_issued = await self._do(step)
             if self._look():
                 self._on_change()
+            if is_issued:
+                self._plan.issued(now=self._loop.time(), wall=self._clock())
 
-    async def _do(self, step: Step) -> None:
+    async def _do(self, step: Step) -> bool:
+        """Whether a certificate came of it."""
         config = self._config
         job = Job(
             server=config.certificate_server,
@@ -96,10 +100,11 @@ class CertificateKeeper:
             self._counts["joins" if step is Step.JOIN else "rotations"] += 1
             until = enrolment.show_time(outcome.issued.not_after)
             log.info("certificate %s name=%s until=%s", _DONE[step], outcome.issued.common_name, until)
-            return
+            return True
         self._counts["refusals"] += 1
         self._plan.refused(outcome.code, outcome.text, now=self._loop.time(), wall=self._clock())
         log.warning("certificate not %s code=%s why=%s", _DONE[step], outcome.code, outcome.text)
+        return False
 
     def _look(self) -> bool:
         """Read the files; True when a link dialled now would come about otherwise than one at the last look."""

@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Final
 
 from runtime.backoff import Backoff
-from runtime.enrolment import PASSING, RotationSchedule, show_time
+from runtime.enrolment import BAD_CERTIFICATE, PASSING, RotationSchedule, show_time
 
 ALARM_SECONDS: Final = 30 * 86_400.0
 "Weeks before the end: renewing may need a person."
@@ -24,6 +24,8 @@ _LOOK_SECONDS: Final = 60.0
 _LOOK_ANXIOUSLY_SECONDS: Final = 5.0
 "While there is no usable certificate: somebody may be laying one."
 _SHORTEST_LOOK_SECONDS: Final = 0.05
+_REST_SECONDS: Final = 1.0
+"Between a certificate and the next, at the least."
 _CAP_SECONDS: Final = 60.0
 _LASTING_FIRST_SECONDS: Final = 10.0
 _LASTING_CAP_SECONDS: Final = 300.0
@@ -104,13 +106,25 @@ class CertificatePlan:
             self._schedule = RotationSchedule(self._chance, not_before=seen.not_before, not_after=seen.not_after)
 
     def step(self, *, now: float, wall: float) -> Step | None:
-        """What is to be done at once; then report `refused`, or look at the files again."""
+        """What is to be done at once; then report `refused`, or look at the files and report `issued`."""
         if now < self._try_at:
             return None
         if self._may_join:
             return Step.JOIN
         due = self.rotation_due
         return Step.RENEW if self.seen.standing is Standing.VALID and due is not None and wall >= due else None
+
+    def issued(self, *, now: float, wall: float) -> None:
+        """A try succeeded, and the files were looked at since.
+
+        A certificate that is of no use all the same, or for a second only, must not be asked for without pause.
+        """
+        if self.seen.standing in (Standing.VALID, Standing.NOT_YET_VALID):
+            self._try_at = now + _REST_SECONDS
+        else:
+            self.refused(
+                BAD_CERTIFICATE, f"a certificate was issued and is of no use: {self.seen.why}", now=now, wall=wall
+            )
 
     def refused(self, code: str, text: str, *, now: float, wall: float) -> None:
         """It came to nothing."""

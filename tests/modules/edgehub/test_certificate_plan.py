@@ -98,6 +98,19 @@ def test_a_token_lets_a_node_whose_certificate_expired_join_again() -> None:
     assert made.step(now=0.0, wall=BORN + YEAR + 1) is Step.JOIN
 
 
+def test_a_join_that_brings_nothing_of_use_is_not_repeated_without_pause() -> None:
+    made = plan(has_token=True)
+    made.saw(MISSING)
+    made.issued(now=0.0, wall=BORN)
+    assert made.step(now=0.0, wall=BORN) is None
+    assert made.joining() == f"joining: a certificate was issued and is of no use: {MISSING.why}"
+    made.saw(expired(0.0))
+    made.saw(valid(1.0))
+    made.issued(now=5.0, wall=BORN + 1.0)
+    assert made.step(now=5.0, wall=BORN + 1.0) is None
+    assert made.step(now=6.0, wall=BORN + 1.0) is Step.RENEW
+
+
 # --- rotation -------------------------------------------------------------------------------------------
 
 
