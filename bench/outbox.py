@@ -1,4 +1,4 @@
-"""The outbox under round trip times and backlogs: `python -m bench.outbox [--backlog N]`.
+"""The outbox under round trip times and backlogs: `python -m bench.outbox [--link quic] [--backlog N]`.
 
 Per round trip time: 10,000 uploads of 200 B through a real broker and edgehub to cloudsim, each receipt awaited; the
 rate, and the bytes edgehub had written to storage meanwhile (proc(5), io). Then a backlog, written offline: rate of
@@ -21,7 +21,15 @@ from pathlib import Path
 from bench.memory import parse_smaps_rollup, peak_mib
 from cloudsim import CloudSim, SimConfig
 from runtime.client import Bus
-from runtime.config import EdgeHubExtras, EdgeHubSection, NodeConfig, RuntimeSection, WebsocketSection, store
+from runtime.config import (
+    EdgeHubExtras,
+    EdgeHubSection,
+    NodeConfig,
+    QuicSection,
+    RuntimeSection,
+    WebsocketSection,
+    store,
+)
 from runtime.home import HOME_VARIABLE, Home
 from runtime.message import Message
 from runtime.names import Group
@@ -76,6 +84,7 @@ def upload(number: int) -> Message:
 
 class Bench:
     def __init__(self, home: Path, sim: CloudSim) -> None:
+        """Over QUIC where `sim` speaks it."""
         self.home = Home(home)
         self.sim = sim
         self.running: dict[str, subprocess.Popen[bytes]] = {}
@@ -88,7 +97,8 @@ class Bench:
             tls_ca_file=str(self.sim.ca.certificate),
             tls_cert_file=str(pair.certificate),
             tls_private_key_file=str(pair.key),
-            websocket=WebsocketSection(server=f"127.0.0.1:{self.sim.port}"),
+            websocket=WebsocketSection(enable=not self.sim.quic_port, server=f"127.0.0.1:{self.sim.port}"),
+            quic=QuicSection(enable=bool(self.sim.quic_port), server=f"127.0.0.1:{self.sim.quic_port or 1}"),
         )
         extras = RuntimeSection(edgehub=EdgeHubExtras(retry_cap_seconds=1.0))
         store(NodeConfig(node_name=NODE, edge_hub=hub, runtime=extras), self.home)
@@ -131,9 +141,11 @@ def move(source: Path, target: Path) -> None:
         path.rename(target / path.name)
 
 
-async def main(backlog: int) -> None:
+async def main(backlog: int, *, is_quic: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="outbox") as directory:
-        config = SimConfig(directory=Path(directory) / "cloud", port=0, max_ids=2_000_000)
+        config = SimConfig(
+            directory=Path(directory) / "cloud", port=0, quic_port=0 if is_quic else None, max_ids=2_000_000
+        )
         async with CloudSim(config) as sim:
             bench = Bench(Path(directory) / "home", sim)
             bench.configure()
@@ -160,6 +172,8 @@ async def main(backlog: int) -> None:
                         first += MESSAGES
                         wrote = written_bytes(edgehub) - before
                         print(f"round trip {milliseconds:3d} ms: {rate:8,.0f} confirmed/s, {wrote} bytes written")
+                    if not backlog:
+                        return
                     await sim.inject("clear")
                     await sim.inject("refuse")
                     await sim.inject("drop", NODE)
@@ -204,4 +218,6 @@ async def main(backlog: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backlog", type=int, default=1_000_000, help="messages stored offline (default 1,000,000)")
-    asyncio.run(main(parser.parse_args().backlog))
+    parser.add_argument("--link", choices=["wss", "quic"], default="wss", help="(default wss)")
+    options = parser.parse_args()
+    asyncio.run(main(options.backlog, is_quic=options.link == "quic"))
