@@ -172,6 +172,62 @@ def join_frames(frames: list[bytes]) -> bytes:
     return b"".join(len(frame).to_bytes(2, "big") + frame for frame in frames)
 
 
+SESSION: Final = 1 << 24
+"What the brokers under test count their sessions from."
+
+
+def _said(peer: int, verb: bytes, header: Any, body: bytes | None = None) -> bytes:
+    """One step of a conversation: who, how many frames, the frames."""
+    frames = emp.encode(verb, header, body)
+    return bytes((peer, len(frames))) + join_frames(frames)
+
+
+def conversations_with_the_broker() -> Iterator[bytes]:
+    """Steps of several peers; `targets.steps` reads them. A step without frames lets time pass or loses a peer."""
+    batch = join_batch([encode_message(_MESSAGE)] * 2)
+    hellos = b"".join(
+        _said(peer, emp.HELLO, emp.Hello(name, ["g"], bytes((peer,)) * emp.INCARNATION_BYTES, 0, 1000, "test"))
+        for peer, name in enumerate(("alpha", "beta", "gamma"))
+    )
+    sends = _said(0, emp.SEND, emp.Send("beta", 3, 1, 2, 1), batch) + _said(
+        1, emp.SEND, emp.Send("@g", 2, 1, 2, 1), batch
+    )
+    acks = b"".join(
+        _said(peer, emp.ACK, emp.Ack(SESSION + number, [(lane, 2, [(1, "failed")])]))
+        for peer in (0, 1, 2)
+        for number in (1, 2, 3)
+        for lane in (1, 2)
+    )
+    yield hellos + sends + acks
+    yield hellos + sends + b"\x01\x00" + acks + b"\xff\x00" * 3
+    retain = emp.Send("@g", 2, 1, 1, 1, flags=emp.RETAIN, retain_key="k", retain_counter=1)
+    request = emp.Send("gamma", 1, 1, 1, 1, flags=emp.EXPECTS_REPLY, ttl_ms=500)
+    one = join_batch([encode_message(_MESSAGE)])
+    yield hellos + _said(0, emp.SEND, retain, one) + _said(1, emp.SEND, request, one) + b"\xff\x00" + hellos
+    yield (
+        hellos
+        + _said(0, emp.PING, emp.Ping(1))
+        + _said(1, emp.DRAIN, emp.Drain(100))
+        + _said(1, emp.BYE, emp.Bye(False))
+    )
+
+
+def conversations_with_a_module() -> Iterator[bytes]:
+    """The same, said by a broker to one module."""
+    epoch, incarnation = bytes(emp.EPOCH_BYTES), b"s" * emp.INCARNATION_BYTES
+    batch = join_batch([encode_message(_MESSAGE)] * 2)
+    welcome = _said(0, emp.WELCOME, emp.Welcome(epoch, SESSION, 1, 1000, True))
+    deliver = emp.Deliver(SESSION, 1, "alpha", incarnation, 1, "module", 3, 1, 2, 1, 1)
+    yield (
+        welcome
+        + _said(0, emp.DELIVER, deliver, batch)
+        + _said(0, emp.SETTLED, emp.Settled("beta", 3, 2, [(1, "gone", None)]))
+    )
+    yield welcome + _said(0, emp.PONG, emp.Pong(1)) + b"\xff\x00" * 2 + _said(0, emp.WHO, emp.Who(epoch)) + welcome
+    yield welcome + _said(0, emp.FENCED, emp.Fenced(2))
+    yield _said(0, emp.REFUSED, emp.Refused("denied", "no")) + welcome
+
+
 def batches() -> Iterator[bytes]:
     yield join_batch([encode_message(_MESSAGE)])
     yield join_batch([encode_message(_MESSAGE)] * 20)

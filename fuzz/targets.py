@@ -11,7 +11,7 @@ import json
 import os
 import sqlite3
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
@@ -32,14 +32,25 @@ from modules.edgehub.frames import FrameFault, FrameReader
 from modules.eventbus import bridge, subscriptions, topics
 from modules.eventbus.packets import MalformedPacket, PacketReader
 from runtime import config, edgecore, emp, enrolment, viaduct
+from runtime.access import Credentials
 from runtime.cli import settings
+from runtime.client_core import ClientCore
 from runtime.edge2019 import CLOUDS, convert
 from runtime.emp import Priority
 from runtime.errors import ConfigError, InvalidMessage, MalformedFrame, MalformedMessage, NotEnrolled
 from runtime.http_answer import Answer, AnswerReader, MalformedAnswer
 from runtime.ledger import UnreadableOutbox, read_outbox
-from runtime.message import Message, decode_batch, from_cloud_json, join_batch, split_batch, to_cloud_json
+from runtime.message import (
+    Message,
+    decode_batch,
+    encode_message,
+    from_cloud_json,
+    join_batch,
+    split_batch,
+    to_cloud_json,
+)
 from runtime.proxy import ConnectAnswer, Proxy, ProxyRefused
+from runtime.routing import BrokerLimits, RoutingCore
 
 __all__ = ["TARGETS"]
 
@@ -292,6 +303,70 @@ def split_frames(data: bytes) -> list[bytes]:
         frames.append(data[at + 2 : at + 2 + size])
         at += 2 + size
     return frames
+
+
+@target(seeds.conversations_with_the_broker, tokens=tuple(sorted(emp.VERBS)))
+def broker_core(data: bytes) -> None:
+    """What several peers say to the broker's core."""
+    core = RoutingCore(
+        epoch=bytes(emp.EPOCH_BYTES),
+        session_base=seeds.SESSION,
+        clock_ms=1000,
+        now=0.0,
+        limits=BrokerLimits(limits=emp.Limits(MAX_MESSAGE, 50, 2**16), grace_seconds=0.0),
+        declared={"alpha": ["g"]},
+    )
+    now = 0.0
+    for peer, frames in steps(data):
+        address = (0, bytes((peer & 3,)))
+        if frames:
+            core.receive(address, frames, now, Credentials(0, 0, 1 + (peer & 3)))
+        elif peer >= 0x80:
+            now += 0.5
+            core.expire(now)
+        else:
+            core.lost(address, now)
+        for out in core.flush(now):
+            emp.decode(out.frames)
+        held = core.statistics(now)["broker"]
+        assert held["messages_held"] >= 0
+        assert held["bytes_held"] >= 0
+
+
+@target(seeds.conversations_with_a_module, tokens=tuple(sorted(emp.VERBS)))
+def module_core(data: bytes) -> None:
+    """What a broker says to a module's core, which has something to send."""
+    core = ClientCore("module", incarnation=b"m" * emp.INCARNATION_BYTES, liveness_seconds=2.0)
+    now = 0.0
+    core.connected(now)
+    for _, frames in steps(data):
+        if frames:
+            core.receive(frames, now)
+        else:
+            now += 0.5
+            core.expire(now)
+        lane = core.lane("beta", 3)
+        if core.has_room(lane, 10) and len(core.lanes) < 10:
+            core.put(lane, encode_message(Message(id="m")))
+        core.flush(now)
+        for out in core.out:
+            emp.decode(out)
+        core.out.clear()
+        core.events.clear()
+
+
+def steps(data: bytes) -> Iterator[tuple[int, list[bytes]]]:
+    """The steps of a conversation; total."""
+    at = 0
+    while at + 2 <= len(data):
+        peer, count = data[at], data[at + 1] & 3
+        at += 2
+        frames: list[bytes] = []
+        for _ in range(count):
+            size = int.from_bytes(data[at : at + 2], "big")
+            frames.append(data[at + 2 : at + 2 + size])
+            at += 2 + size
+        yield peer, frames
 
 
 @target(seeds.batches, MalformedMessage, tokens=(b"\xdd\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff", b"\x9d"))
