@@ -3,6 +3,8 @@ from __future__ import annotations
 import random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cloudsim.lanes import Broken, Control, ControlEnded, Freed, LaneEvent, Lanes, Package
 from runtime.viaduct import packages
@@ -146,3 +148,30 @@ def test_only_what_has_been_read_counts_for_flow_control() -> None:
     made.free(4, "")
     receive(made, 4, b"late")
     assert made.taken == 12
+
+
+@given(st.lists(st.tuples(st.sampled_from([0, 1, 2, 3, 4, 8, 12]), st.binary(max_size=40), st.booleans()), max_size=40))
+def test_any_bytes_on_any_stream_yield_events_and_hold_no_more_than_allowed(
+    pieces: list[tuple[int, bytes, bool]],
+) -> None:
+    made = lanes()
+    made.opened(1)
+    for stream, data, ended in pieces:
+        for event in made.receive(stream, data, ended):
+            assert isinstance(event, Control | Package | ControlEnded | Freed | Broken)
+            if isinstance(event, Broken):
+                return
+    assert 0 <= made._held <= HELD_BYTES
+    assert made.taken <= sum(len(data) for _, data, _ in pieces)
+
+
+@given(st.lists(st.binary(max_size=30), max_size=8), st.data())
+def test_packages_survive_any_cut(payloads: list[bytes], data: st.DataObject) -> None:
+    stream = b"msg" + packages(payloads)
+    made = lanes()
+    found: list[LaneEvent] = []
+    while stream:
+        size = data.draw(st.integers(1, len(stream)))
+        found += receive(made, 4, stream[:size])
+        stream = stream[size:]
+    assert found == [Package(4, payload) for payload in payloads]

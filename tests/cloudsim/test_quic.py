@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import random
 import socket
 import time
 from pathlib import Path
@@ -459,6 +460,26 @@ def test_of_many_datagrams_at_once_each_reaches_its_connection(tmp_path: Path) -
             await until(lambda: counted.datagrams == 200)
             assert counted.turns < 10
             sim._quic.remove(identifier)
+
+    run(scenario())
+
+
+def test_garbage_on_the_port_harms_nobody(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        chance = random.Random(5)
+        async with quic_cloud(tmp_path) as sim, quic_served(sim) as node:
+            listener = sim._quic
+            assert listener is not None
+            known = list(listener._connections)
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as raw_socket:
+                for _ in range(300):
+                    size = chance.choice([0, 1, 20, 1200, 1500])
+                    first = chance.choice([b"", b"\xc3\0\0\0\1\x08" + chance.choice(known)[:8], b"\x40" + known[0]])
+                    raw_socket.sendto(first + chance.randbytes(size), ("127.0.0.1", listener.port))
+                    await asyncio.sleep(0)
+            node.write(4, quic_message())
+            await node.barrier()
+            assert len(sim.uploads()) == 1
 
     run(scenario())
 
