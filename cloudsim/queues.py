@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
-from cloudsim.rules import object_key, version_number
+from cloudsim.rules import is_delete, object_key, version_number
 from cloudsim.wire import JSON_CODEC, CloudMessage, Codec
 
 RETRY_SECONDS: Final = 5.0
@@ -75,14 +75,11 @@ class AckQueue:
         queued and the acknowledged one.
         """
         key = object_key(message)
-        operation = message.route.operation
         held = self._store.get(key)
-        if operation not in ("delete", "response"):
+        if message.route.operation != "response" and not is_delete(message):
             version = version_number(message.header.resourceversion)
             if held is not None:
-                if held.message.route.operation == "delete" or version <= version_number(
-                    held.message.header.resourceversion
-                ):
+                if is_delete(held.message) or version <= version_number(held.message.header.resourceversion):
                     return "the queue holds the same or a newer version, or a delete"
             elif acknowledged_version is not None and version <= acknowledged_version:
                 return f"version {acknowledged_version} is acknowledged already"

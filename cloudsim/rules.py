@@ -140,11 +140,19 @@ def is_api_error(content: Any) -> bool:
     return isinstance(content, dict) and "ErrStatus" in content
 
 
+def is_delete(message: CloudMessage) -> bool:
+    """Whether a message for a node deletes an object, or tells of one that is being deleted."""
+    if message.route.operation == "delete":
+        return True
+    metadata = message.content.get("metadata") if isinstance(message.content, dict) else None
+    return isinstance(metadata, dict) and metadata.get("deletionTimestamp") is not None
+
+
 def ack_fault(message: CloudMessage) -> str | None:
     """Why the hub drops a message that needs an acknowledgement without a word, or None."""
     if message.route.group != "resource":
         return f"needs an acknowledgement but has group {message.route.group!r}, not 'resource'"
-    if message.route.operation != "delete" and not message.header.resourceversion:
+    if not is_delete(message) and not message.header.resourceversion:
         return "needs an acknowledgement but has no resourceversion"
     content = message.content
     if not isinstance(content, dict) or not isinstance(content.get("metadata"), dict):

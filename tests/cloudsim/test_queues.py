@@ -110,6 +110,14 @@ def test_a_delete_is_always_sent_and_is_not_overtaken_by_an_update() -> None:
     assert run(queue, 0.0) == ["a.11.delete"]
 
 
+def test_an_object_that_is_being_deleted_counts_as_a_delete() -> None:
+    queue = AckQueue(10)
+    going = thing("a", "1", "update")
+    going.content["metadata"]["deletionTimestamp"] = "2026-11-23T17:00:00Z"
+    offer(queue, going, acknowledged=5)
+    assert queue.offer(thing("a", "9", "update"), None) is not None
+
+
 def test_an_answer_to_a_query_is_sent_though_its_version_is_acknowledged() -> None:
     queue = AckQueue(10)
     offer(queue, thing("a", "5", "response"), acknowledged=5)
