@@ -56,7 +56,7 @@ from modules.edgehub.session import (
 )
 from modules.edgehub.store import Dropped, Row, Store
 from modules.edgehub.sync_keeper import Late, Question, SyncKeeper
-from modules.edgehub.window import TokenBucket
+from modules.edgehub.window import FLOOR_BYTES, TokenBucket
 from runtime import memory
 from runtime.backoff import Backoff
 from runtime.emp import DENIED, EXPIRED, FAILED, GONE, INVALID, OVERFLOW, TOO_LARGE, UNROUTABLE, Priority
@@ -433,7 +433,7 @@ class EdgeHub(Module):
         if size > self._config.max_upload_bytes:
             self._refuse_up(message, TOO_LARGE, f"{size} bytes, the limit is {self._config.max_upload_bytes}")
         connection = self._connection
-        if connection is not None:
+        if connection is not None and size > FLOOR_BYTES:  # less never blocks a link
             limit = self._config.keepalive_limit_seconds / 2
             if await connection.is_too_large(size, limit):
                 self._refuse_up(message, TOO_LARGE_FOR_LINK, f"{size} bytes would hold the link for over {limit:g} s")

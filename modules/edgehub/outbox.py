@@ -313,13 +313,15 @@ class Outbox(Generic[T]):
                 source = self._source(queue)
                 if source is None:
                     break
-                size = len(source[0].payload)
-                if size > left and not (is_empty and not taken):
-                    # Data must not pass a signal that waits for room.
-                    return self._written(taken, now)
-                taken.append(self._pop(queue, source))
-                left -= size
-                most -= 1
+                # What is taken from a source makes no other one come before it.
+                while source and most > 0:
+                    size = len(source[0].payload)
+                    if size > left and not (is_empty and not taken):
+                        # Data must not pass a signal that waits for room.
+                        return self._written(taken, now)
+                    taken.append(self._pop(queue, source))
+                    left -= size
+                    most -= 1
         return self._written(taken, now)
 
     @staticmethod
