@@ -7,14 +7,18 @@ finishes it first where a crash left it undone (`recover`). A crash before the j
 
 from __future__ import annotations
 
+from runtime.enrolment import BUSY, FILES  # first: it imports msgspec lean
+
+# isort: split
+
 import contextlib
-import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-from runtime.enrolment import BUSY, FILES
+import msgspec
+
 from runtime.errors import AlreadyRunning, NotEnrolled
 from runtime.locks import Lock, hold
 
@@ -98,8 +102,8 @@ class FileSet:
             for directory in directories:
                 self._disk.sync(directory)
             scratch = _fresh(self.journal)
-            names = json.dumps([[str(new), str(path)] for new, path in fresh])
-            self._disk.write(scratch, names.encode(), _owner(self.cert))
+            names = [(str(new), str(path)) for new, path in fresh]
+            self._disk.write(scratch, msgspec.json.encode(names), _owner(self.cert))
             self._disk.rename(scratch, self.journal)
         except OSError as fault:
             for new in (*(new for new, _ in fresh), _fresh(self.journal)):
@@ -119,7 +123,7 @@ class FileSet:
         Several processes may do it at once, also while the one that began it goes on. Raises OSError.
         """
         try:
-            names = json.loads(self.journal.read_bytes())
+            names = msgspec.json.decode(self.journal.read_bytes(), type=list[tuple[str, str]])
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             return False  # who may not look here may not read the files either, and that will be told
         self._finish([(Path(new), Path(path)) for new, path in names])

@@ -122,7 +122,7 @@ def test_ten_rotations_under_load_lose_nothing(tmp_path: Path, monkeypatch: pyte
                 assert hub.counters()["ledger_mismatch"] == 0
 
     async def bounded() -> None:
-        async with asyncio.timeout(ROTATIONS * LIFETIME + 2 * DEADLINE):
+        async with asyncio.timeout(2 * ROTATIONS * LIFETIME + 2 * DEADLINE):
             await scenario()
 
     asyncio.run(bounded())
