@@ -19,6 +19,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -49,7 +50,8 @@ _CONTROL_BYTES: Final = 64 * 1024
 
 CREDIT_BYTES: Final = 2 * 2**20
 "So much may come, on one stream and on all together, before we have read it."
-_INBOX_BYTES: Final = 2**20
+_EVENT_BYTES: Final = 256
+"What an event takes in memory beside its content: a flood of tiny messages must not be for nothing."
 _UNSENT_BYTES: Final = 128 * 1024
 "A stream takes more while less than this waits for its first transmission."
 _MAX_DATAGRAM_BYTES: Final = 65_536
@@ -333,12 +335,17 @@ class QuicLink:
 
     async def close(self, *, is_polite: bool) -> None:
         if self._quic is not None and self._quic.end is None:
-            self._quic.close(error_code=QuicErrorCode.NO_ERROR)
-            for datagram, _ in self._quic.datagrams_to_send(now=self._loop.time()):
-                for _ in range(2 if is_polite else 1):  # nobody sends it again when it is lost
-                    self._send(datagram)
+            # Twice, where somebody waits for it: nobody sends it again when it is lost.
+            self._turn(partial(self._say_goodbye, 2 if is_polite else 1))
         self._lose(LinkLost("the connection was closed"))
         self._abort()
+
+    def _say_goodbye(self, times: int) -> None:
+        assert self._quic is not None
+        self._quic.close(error_code=QuicErrorCode.NO_ERROR)
+        for datagram, _ in self._quic.datagrams_to_send(now=self._loop.time()):
+            for _ in range(times):
+                self._send(datagram)
 
     # --- datagrams -----------------------------------------------------------------------------
 
@@ -491,7 +498,7 @@ class QuicLink:
 
     def _take_packages(self, stream_id: int, packages: Sequence[viaduct.Package]) -> None:
         assert self._quic is not None
-        inbox, size = self._inbox, 0
+        inbox, size = self._inbox, _EVENT_BYTES * len(packages)
         for package in packages:
             if isinstance(package, Oversized):
                 inbox.append(SkippedMessage(package.size_bytes))
@@ -544,6 +551,10 @@ class QuicLink:
     def _on_socket_fault(self, fault: OSError) -> None:
         if self._opened is not None and not self._opened.done():
             self._opened.set_exception(fault)  # refused, unreachable
+        elif fault.errno == errno.EMSGSIZE:
+            self._lose(LinkLost("the path does not carry our datagrams: lower runtime.edgehub.quic.maxDatagram"))
+        elif fault.errno == errno.ENOBUFS:
+            pass  # lost in this machine's own queue
         elif fault.errno != errno.ECONNREFUSED:
             self._loop.call_soon(self._move)
         elif self._lost is None:
@@ -706,9 +717,9 @@ def _explain_end(end: events.ConnectionTerminated, *, is_by_peer: bool) -> LinkL
     """Why the connection is over, in words for the operator."""
     reason = end.reason_phrase
     alert = end.error_code - QuicErrorCode.CRYPTO_ERROR
+    if alert == AlertDescription.no_application_protocol:
+        return LinkRefused("no application protocol in common with CloudHub (runtime.edgehub.quic.alpn)")
     if is_by_peer:
-        if alert == AlertDescription.no_application_protocol:
-            return LinkRefused("CloudHub knows none of our application protocols (runtime.edgehub.quic.alpn)")
         if 0 <= alert <= 255:
             return LinkRefused(f"CloudHub refuses our certificate: {_ALERTS.get(alert, f'TLS alert {alert} {reason}')}")
         return LinkLost(f"CloudHub closed the link: code {end.error_code} {reason}".rstrip(), is_cut_by_cloud=True)

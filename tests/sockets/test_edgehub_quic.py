@@ -128,8 +128,11 @@ def test_alpn_is_offered_where_it_is_configured(tmp_path: Path) -> None:
         async with serving(tmp_path, alpn_protocols=["viaduct"]) as hub:
             link = await opened(hub, quic_alpn=("other", "viaduct"))
             await link.close(is_polite=True)
-            with pytest.raises(LinkRefused, match="none of our application protocols"):
+            with pytest.raises(LinkRefused, match="no application protocol in common"):
                 await opened(hub, quic_alpn=("other",))
+        async with serving(tmp_path) as hub:
+            with pytest.raises(LinkRefused, match="no application protocol in common"):
+                await opened(hub, quic_alpn=("viaduct",))
 
     run(scenario())
 
@@ -364,6 +367,41 @@ def test_unread_messages_push_back_on_the_sender(tmp_path: Path) -> None:
             assert before <= CREDIT_BYTES, "10 MB did not go into memory"
             assert len(await receive(link, 100)) == 100, "and none is lost"
             await link.close(is_polite=False)
+
+    run(scenario())
+
+
+def test_a_flood_of_empty_packages_is_bounded_too(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as hub:
+            link = await opened(hub)
+            stream = hub.node.open_stream()
+            hub.node.write(stream, viaduct.packages([b""]) * 400_000)
+
+            def sent() -> int:
+                return hub.node.quic._streams[stream].sender.highest_offset
+
+            before = -1
+            while sent() != before:
+                before = sent()
+                await asyncio.sleep(0.2)
+            assert before <= CREDIT_BYTES
+            seen = 0
+            while seen < 400_000:
+                seen += len(await link.receive())
+            await link.close(is_polite=False)
+
+    run(scenario())
+
+
+def test_datagrams_that_the_path_does_not_carry_end_the_link_in_words(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path) as hub:
+            link = await opened(hub)
+            link._on_socket_fault(OSError(90, "Message too long"))
+            with pytest.raises(LinkLost, match="maxDatagram"):
+                await link.receive()
+            await link.close(is_polite=True)
 
     run(scenario())
 

@@ -133,12 +133,20 @@ def test_a_large_upload_holds_up_no_signal(tmp_path: Path) -> None:
     run(scenario())
 
 
-def test_an_upload_of_twelve_mebibytes_and_a_message_of_sixteen_pass(tmp_path: Path) -> None:
+def test_an_upload_of_twelve_mebibytes_passes(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with cloud(tmp_path, quic_port=0) as sim, running(quic_settings(sim)) as (hub, bus):
             await is_served(hub)
             large = await hand_over(hub, upload(0, pad="x" * (12 * 2**20)))
             await until(lambda: large is not None and large.outcome == "done", "the upload")
+
+    run(scenario())
+
+
+def test_a_message_of_sixteen_mebibytes_from_the_cloud_passes(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with cloud(tmp_path, quic_port=0) as sim, running(quic_settings(sim)) as (hub, bus):
+            await is_served(hub)
             down = command(1)
             down.content["pad"] = "y" * (16 * 2**20 - 1000)
             sim.send(NODE, down)
