@@ -27,7 +27,20 @@ def edgezmq(home: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
 def test_help_names_every_command(tmp_path: Path) -> None:
     done = edgezmq(tmp_path, "--help")
     assert done.returncode == 0
-    for command in ("up", "down", "status", "restart", "logs", "tap", "send", "check", "demo", "exec", "version"):
+    for command in (
+        "up",
+        "down",
+        "join",
+        "status",
+        "restart",
+        "logs",
+        "tap",
+        "send",
+        "check",
+        "demo",
+        "exec",
+        "version",
+    ):
         assert f" {command} " in done.stdout
 
 
