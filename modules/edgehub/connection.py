@@ -195,7 +195,8 @@ class Connection:
         self._look.set()
 
     def hang_up(self, why: str) -> None:
-        """End the connection; `run` reports it as lost."""
+        """End the connection; `run` reports it as lost. Nothing is written any more: it would have to go up again."""
+        self.hold()
         self._hang_up = why
         self._look.set()
 
