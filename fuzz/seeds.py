@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
+from modules.edgehub.store import OutboxFile, Row
 from runtime import emp
 from runtime.message import Message, encode_message, join_batch
 
@@ -302,22 +303,28 @@ def certificates() -> Iterator[bytes]:
     yield certificate()
 
 
+OUTBOX_BOOT: Final = "boot-1"
+"The boot of the machine in which `outbox` was made."
+
+
 @cache
 def outbox() -> bytes:
     """An outbox file with rows, parked objects and a ledger, whole in one file."""
-    from modules.edgehub.store import OutboxFile, Row
-
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "outbox.db")
-        file = OutboxFile(path, boot_id="boot", now=1.0)
+        file = OutboxFile(path, boot_id=OUTBOX_BOOT, now=1.0)
         for kind in (0, 1):
             file.add(kind, [Row(number, "sensor", b'{"n":%d}' % number) for number in range(1, 6)], 1.0)
             file.delete(kind, 1)
             file.drop(kind, 2, "age", 1)
-        file.park("twin", "k", b"{}", is_insert=True, is_delete=False, max_messages=9, max_bytes=999)
+        park(file)
         file.know_owner("meta")
         file.close()
         return path.read_bytes()
+
+
+def park(file: OutboxFile) -> bool:
+    return file.park("twin", "k", b"{}", is_insert=True, is_delete=False, max_messages=9, max_bytes=999)
 
 
 def damages() -> Iterator[bytes]:

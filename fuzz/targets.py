@@ -497,28 +497,31 @@ def outbox_file(data: bytes) -> None:
         path.with_name(path.name + suffix).unlink(missing_ok=True)
     with suppress(UnreadableOutbox):
         read_outbox(path)
-    file = store.OutboxFile(path, boot_id="next", now=2.0)
+    use_outbox(path, boot="next")
+
+
+def use_outbox(path: Path, boot: str) -> None:
+    """All that edgehub does with a file that it finds."""
+    file = store.OutboxFile(path, boot_id=boot, now=2.0)
     try:
-        use_outbox(file)
+        for kind in range(len(store.CLASSES)):
+            extent = file.extent(kind)
+            file.account(kind)
+            for row in file.read(kind, extent.first - 1, max_messages=1024, max_bytes=2**20):
+                assert isinstance(row.sender, str)
+                assert isinstance(row.payload, bytes)
+            file.last_older_than(kind, 0.5, 3.0)
+            file.upto_bytes(kind, 20)
+        file.parked()
+        file.parked_of()
+        for owner in file.known_owners() | {"twin"}:
+            file.first_parked(owner)
+        seeds.park(file)
+        file.ledger()
+        with file.transaction():
+            file.add(1, [store.Row(extent.last + 1, "sensor", b"{}")], 3.0)
+            file.replace(1, 4, "sensor", b"{}", "superseded")
+            file.delete(1, 3)
+            file.drop(1, 4, "age", 5)
     finally:
         file.close()
-
-
-def use_outbox(file: store.OutboxFile) -> None:
-    """All that edgehub does with a file that it finds."""
-    for kind in range(len(store.CLASSES)):
-        extent = file.extent(kind)
-        file.account(kind)
-        for row in file.read(kind, extent.first - 1, max_messages=1024, max_bytes=2**20):
-            assert isinstance(row.sender, str)
-            assert isinstance(row.payload, bytes)
-        file.last_older_than(kind, 1.0, 3.0)
-        file.upto_bytes(kind, 20)
-    file.parked()
-    for owner in file.known_owners() | {"twin"}:
-        file.first_parked(owner)
-    file.ledger()
-    with file.transaction():
-        file.add(1, [store.Row(extent.last + 1, "sensor", b"{}")], 3.0)
-        file.delete(0, 3)
-        file.drop(1, 3, "age", 5)

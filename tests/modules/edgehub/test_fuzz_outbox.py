@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modules.edgehub.store import OutboxFile, Row
+from fuzz.seeds import OUTBOX_BOOT, outbox, park
+from fuzz.targets import use_outbox
 from runtime.ledger import UnreadableOutbox, read_outbox
 from tests.modules.edgehub.test_store import Loop, make, rows, wait
 
@@ -22,55 +23,19 @@ HUGE = 10**12
 
 def sound(path: Path) -> None:
     """A file with all that there can be in it."""
-    file = OutboxFile(path, boot_id="boot-1", now=1.0)
-    for kind in (0, DATA):
-        file.add(kind, [Row(number, "sensor", b"{}") for number in range(1, 6)], 1.0)
-        file.delete(kind, 1)
-        file.drop(kind, 2, "age", 1)
-    park(file)
-    file.close()
-
-
-def park(file: OutboxFile) -> bool:
-    return file.park("twin", "k", b"{}", is_insert=True, is_delete=False, max_messages=9, max_bytes=999)
+    path.write_bytes(outbox())
 
 
 def change(path: Path, *statements: str) -> None:
-    db = sqlite3.connect(path)
-    for statement in statements:
-        db.execute(statement)
-    db.commit()
-    db.close()
-
-
-def look_at_all(path: Path, boot: str = "boot-1") -> None:
-    """What edgehub does with a file that it finds. Raises sqlite3.DatabaseError alone."""
-    file = OutboxFile(path, boot_id=boot, now=2.0)
-    try:
-        for kind in (0, DATA):
-            extent = file.extent(kind)
-            file.account(kind)
-            file.read(kind, extent.first - 1, max_messages=1024, max_bytes=2**20)
-            file.last_older_than(kind, 0.5, 3.0)
-            file.upto_bytes(kind, 20)
-        file.parked()
-        file.parked_of()
-        for owner in file.known_owners() | {"twin"}:
-            file.first_parked(owner)
-        park(file)
-        with file.transaction():
-            file.replace(DATA, 4, "sensor", b"{}", "superseded")
-            file.delete(DATA, 3)
-            file.drop(DATA, 4, "age", 5)
-        file.ledger()
-    finally:
-        file.close()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        for statement in statements:
+            db.execute(statement)
 
 
 def test_a_sound_file_is_not_damaged(tmp_path: Path) -> None:
     path = tmp_path / "outbox.db"
     sound(path)
-    look_at_all(path)
+    use_outbox(path, OUTBOX_BOOT)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +69,7 @@ def test_a_value_that_was_never_written_is_damage_and_the_node_starts_with_a_new
     sound(path)
     change(path, statement)
     with pytest.raises(sqlite3.DatabaseError) as raised:
-        look_at_all(path)
+        use_outbox(path, OUTBOX_BOOT)
     assert not isinstance(raised.value, sqlite3.OperationalError), "that would be tried again for ever"
     loop = Loop()
     store = make(path, loop)
@@ -138,7 +103,7 @@ def test_a_text_that_is_no_utf8_is_shown_with_replacements(tmp_path: Path) -> No
     ledger = read_outbox(path)
     assert ledger is not None
     assert {example["sender"] for example in ledger.examples} == {"\ufffd"}
-    look_at_all(path)
+    use_outbox(path, OUTBOX_BOOT)
 
 
 @pytest.mark.parametrize(
@@ -158,22 +123,14 @@ def test_the_ledger_command_survives_such_values(statement: str, tmp_path: Path)
         read_outbox(path)
 
 
-@pytest.fixture(scope="module")
-def good() -> bytes:
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory, "outbox.db")
-        sound(path)
-        return path.read_bytes()
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2**16 - 1), st.integers(0, 255)), min_size=1, max_size=8))
-def test_changed_bytes_are_read_or_are_damage(good: bytes, changes: list[tuple[int, int]]) -> None:
-    damaged = bytearray(good)
+def test_changed_bytes_are_read_or_are_damage(changes: list[tuple[int, int]]) -> None:
+    damaged = bytearray(outbox())
     for at, byte in changes:
         damaged[at % len(damaged)] = byte
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "outbox.db")
         path.write_bytes(damaged)
         with contextlib.suppress(sqlite3.DatabaseError):
-            look_at_all(path, boot="next")
+            use_outbox(path, "next")
