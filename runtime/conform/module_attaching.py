@@ -38,10 +38,17 @@ def hello_repeated(stage: ModuleStage) -> Script:
     seen = stage.since(0, "HELLO/1")
     expect(all(each.header.incarnation == first.incarnation for each in seen), "the incarnation changes")
     expect(all(each.header.generation == 0 for each in seen), "a generation that no WELCOME has given")
-    gap = seen[3].at - seen[0].at
-    expect(gap > 0.6, f"four HELLOs within {gap:.2f} s; 0.5 s apart is told")
+    yield from calm(stage, 0, seen[0].at)
     stage.welcome()
     yield from stage.left_alone()
+
+
+def calm(stage: ModuleStage, mark: int, began: float) -> Scene[None]:
+    """HELLO is repeated by its timer of 0.5 s, not much quicker."""
+    yield from stage.pause(max(0.0, began + 1.5 - stage.now))
+    elapsed = stage.now - began  # more than was asked for, when this machine is slow
+    count = len(stage.since(mark, "HELLO/1"))
+    expect(count <= 3 + elapsed / 0.3, f"{count} HELLOs within {elapsed:.1f} s; 0.5 s apart is told")
 
 
 @check("welcome-generation", "9, 17 rule 22", "HELLO after a WELCOME carries its generation, and the same incarnation")
@@ -88,9 +95,7 @@ def who_greeting(stage: ModuleStage) -> Script:
     mark = stage.mark
     for _ in range(10):
         stage.say(emp.WHO, stage.epoch)
-    yield from stage.pause(1.2)
-    count = len(stage.since(mark, "HELLO/1"))
-    expect(count <= 4, f"{count} HELLOs within 1.2 s after ten WHO; the timer gives two or three")
+    yield from calm(stage, mark, stage.now)
     stage.welcome()
     yield from stage.left_alone()
 

@@ -44,7 +44,7 @@ def sends_on(stage: ModuleStage) -> Script:
 )
 def resend_who(stage: ModuleStage) -> Script:
     yield from stage.attached()
-    yield from stage.unsettled(2)
+    yield from stage.unsettled(2, least=1)
     yield from resent_whole(stage, stage.asked_who)
 
 
@@ -56,7 +56,7 @@ def resend_who(stage: ModuleStage) -> Script:
 )
 def resend_restart(stage: ModuleStage) -> Script:
     first = yield from stage.attached()
-    yield from stage.unsettled(2)
+    yield from stage.unsettled(2, least=1)
 
     def restart() -> Scene[emp.Hello]:
         stage.rebind()
@@ -72,21 +72,16 @@ def resent_whole(stage: ModuleStage, greet: Callable[[], Scene[emp.Hello]]) -> S
     """After another WELCOME everything comes again from the floor, in order, marked, before anything new."""
     wanted = {(lane.destination, lane.priority): (lane.settled + 1, lane.last) for lane in stage.referee.lanes.values()}
     wanted = {key: span for key, span in wanted.items() if span[0] <= span[1]}
-    mark = stage.mark
     hello = yield from greet()
 
     def next_numbers() -> dict[tuple[str, int], int]:
         """How far each lane has come again, without a gap."""
-        reached, is_greeted = {key: span[0] - 1 for key, span in wanted.items()}, False
-        for seen in stage.since(mark, "HELLO/1", "SEND/1"):
-            if seen.verb == "HELLO/1":
-                # What came before is of a module that did not know yet: a broker answers it with WHO.
-                reached, is_greeted = {key: span[0] - 1 for key, span in wanted.items()}, True
-                continue
+        reached = {key: span[0] - 1 for key, span in wanted.items()}
+        for seen in stage.since(stage.greeted_at, "SEND/1"):
             header: emp.Send = seen.header
             key = (header.destination, header.priority)
             if key in reached:
-                if header.first > reached[key] + 1 and is_greeted:
+                if header.first > reached[key] + 1:
                     raise Failed(f"lane {key[0]}: {header.first} comes, {reached[key] + 1} is open and did not come")
                 reached[key] = max(reached[key], header.first + header.count - 1)
         return reached
@@ -103,16 +98,15 @@ def resent_whole(stage: ModuleStage, greet: Callable[[], Scene[emp.Hello]]) -> S
 )
 def resend_part(stage: ModuleStage) -> Script:
     yield from stage.attached()
-    lane = yield from stage.unsettled(3)
+    lane = yield from stage.unsettled(3, least=2)
     floor = lane.settled + 2
     stage.settle(lane, floor - 1)
     yield from stage.pause(0.3)
-    mark = stage.mark
     yield from stage.asked_who()
     found = yield from stage.until(
         lambda: [
             seen
-            for seen in stage.since(mark, "SEND/1")
+            for seen in stage.since(stage.greeted_at, "SEND/1")
             if (seen.header.destination, seen.header.priority) == (lane.destination, lane.priority)
         ],
         "nothing came again",
@@ -159,11 +153,7 @@ def exceptions(stage: ModuleStage) -> Script:
 @check("window-messages", "7, 10", "a small window_messages is kept; it sends on when there is room", needs=("sends",))
 def window_messages(stage: ModuleStage) -> Script:
     yield from narrowed(stage, (LIMITS[0], 2, *LIMITS[2:]))
-    lane: SentLane = yield from stage.until(
-        lambda: next((lane for lane in stage.own_lanes() if lane.last - lane.settled >= 2), None),
-        "it does not use the window",
-        4 * stage.settings.survey + stage.settings.soon,
-    )
+    lane = yield from stage.unsettled(2)
     yield from stage.never(lambda: lane.last - lane.settled > 2, "more than the window", 2 * stage.settings.quiet)
     mark = stage.mark
     stage.settle(lane)

@@ -133,6 +133,8 @@ class ModuleStage(Stage):
         self.limits: Sequence[int] | None = LIMITS
         self.hello: emp.Hello | None = None
         "The last one."
+        self.greeted_at = 0
+        "Its place in the record: what comes after it is of a module that knows that it has to begin anew."
         self.connection = ""
         "That said it."
         self.is_attached = False
@@ -180,6 +182,7 @@ class ModuleStage(Stage):
             return seen
         if seen.verb == "HELLO/1":
             self.hello = seen.header
+            self.greeted_at = self.mark
             self.connection = end
             self._strangers.discard(end)
             self.is_attached = False
@@ -406,18 +409,23 @@ class ModuleStage(Stage):
         assert isinstance(found, list)
         return found
 
-    def unsettled(self, how_many: int = 1) -> Scene[SentLane]:
-        """From now on settle nothing, and wait until one lane has so many messages open: that lane."""
+    def unsettled(self, wanted: int = 1, least: int | None = None) -> Scene[SentLane]:
+        """From now on settle nothing, and wait until one lane has so many messages open: that lane.
+
+        `least`: so many will do, for a module whose own window is small.
+        """
         self.manners.settles = False
+        least = wanted if least is None else least
         wait = 4 * self.settings.survey + self.settings.soon
 
-        def longest() -> SentLane | None:
-            return next((lane for lane in self.own_lanes() if lane.last - lane.settled >= how_many), None)
+        def has(open_messages: int) -> SentLane | None:
+            return next((lane for lane in self.own_lanes() if lane.last - lane.settled >= open_messages), None)
 
-        lane = yield from self.whether(longest, wait)
+        lane = yield from self.whether(lambda: has(least), wait)
         if lane is None:
-            raise NotApplicable(f"it did not send {how_many} messages to one destination within {wait:.0f} s")
-        return lane
+            raise NotApplicable(f"it had no {least} messages open to one destination within {wait:.0f} s")
+        more = yield from self.whether(lambda: has(wanted), 2 * self.settings.survey)
+        return more or lane
 
     def gone(self, within: float, otherwise: str) -> Scene[int]:
         """Until the process has ended."""

@@ -11,7 +11,7 @@ from runtime.names import Group
 
 class AllRound(Module):
     name, groups = "allround", {"climate"}
-    liveness = 3.0
+    liveness = 5.0
     drain_timeout = 3.0
 
     async def start(self) -> None:

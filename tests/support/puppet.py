@@ -217,7 +217,7 @@ class Puppet:
         lane = self.lane(destination, priority)
         size = len(msgpack.packb(message))
         held = sum(len(msgpack.packb(each[5])) for each in lane.open)
-        if priority and lane.open:
+        if priority and (lane.open or self.bad("empty-lane-closed")):
             if len(lane.open) >= self.limits[1] and not self.bad("window-ignored"):
                 return False
             if held + size > self.limits[2] and not self.bad("window-bytes-ignored") and not self.bad("window-ignored"):

@@ -102,6 +102,7 @@ FAULTS = {
     "settled-believed": ["settled-senseless"],
     "exceptions-stop": ["exceptions"],
     "window-bytes-ignored": ["window-bytes"],
+    "empty-lane-closed": ["window-bytes"],
     "late-replies-refused": ["ask"],
     "busy-asking": ["ask-and-serve"],
     "retain-once": ["retain-again"],
