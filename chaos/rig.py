@@ -101,6 +101,8 @@ class RigBroken(Exception):
 def _stand_aside(pid: int) -> None:
     """For what is not on the node's machine in truth: where cores are few, the node's processes come first."""
     os.setpriority(os.PRIO_PROCESS, pid, ELSEWHERE_NICE)
+    with contextlib.suppress(OSError):  # where each session has its share of the processors, nice counts within it only
+        Path(f"/proc/{pid}/autogroup").write_text(str(ELSEWHERE_NICE))
 
 
 class Relay:
