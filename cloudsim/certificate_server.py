@@ -37,7 +37,7 @@ class CertificateServer:
         self._host = host
         self.port = port
         self.faults: list[ApiFault] = []
-        self.requests: deque[ApiRequest] = deque(maxlen=1000)
+        self.requests: deque[ApiRequest] = deque(maxlen=100)
         "The last that came, for tests."
         self._context = _context(server)
         self._server: asyncio.Server | None = None

@@ -231,7 +231,7 @@ def judge_certificate(answer: Answer, server: str, *, node_name: str, token: Tok
 
     Raises NotEnrolled.
     """
-    said = printable(answer.body)
+    said, whole = printable(answer.body), answer.body.decode("ascii", "replace")
     if answer.status == 200:
         if not answer.body.startswith(b"\x30"):
             raise _not_a_cloudhub(server, f"its /edge.crt is no certificate: {printable(answer.body, 60)}")
@@ -239,20 +239,20 @@ def judge_certificate(answer: Answer, server: str, *, node_name: str, token: Tok
     if answer.status != 401:
         raise _unexpected(answer, server)
     if token is None:
-        if "node name is not match" in said:
+        if "node name is not match" in whole:
             raise NotEnrolled(
                 NODE_NAME,
                 f"{server} does not renew a certificate that is not made out to system:node:{node_name}: {said!r}. "
                 "Set modules.edged.hostnameOverride to the name in the certificate, or join anew under this one",
             )
-        expired = "expired" in said
+        advice = (
+            "Join anew with a token" if "expired" in whole else "Is it of this cloud? If not, join anew with a token"
+        )
         raise NotEnrolled(
             BAD_CERTIFICATE,
-            f"{server} does not take this node's present certificate: {said!r}. "
-            + ("Join anew with a token" if expired else "Is it of this cloud? If not, join anew with a token")
-            + " (edgezmq join)",
+            f"{server} does not take this node's present certificate: {said!r}. {advice} (edgezmq join)",
         )
-    if "expired" in said:
+    if "expired" in whole:
         raise NotEnrolled(
             TOKEN_EXPIRED,
             f"{server}: the token is expired"

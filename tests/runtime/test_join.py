@@ -224,7 +224,9 @@ def test_what_the_cloud_has_against_the_token_of_a_join_is_passed_on(body: bytes
             "hostnameOverride",
         ),
         (
-            b"... err: failed to verify edge certificate: x509: certificate has expired or is not yet valid: current",
+            b"failed for edgenode: "
+            + b"n" * 253
+            + b", err: x509: certificate has expired or is not yet valid: current",
             BAD_CERTIFICATE,
             "Join anew with a token",
         ),
