@@ -78,9 +78,11 @@ def package_header(size_bytes: int) -> bytes:
 def packages(payloads: Iterable[bytes]) -> bytes:
     """Payloads as packages in one piece, to be written in one go. Raises InvalidMessage as `package_header`."""
     pieces: list[bytes] = []
+    add, pack = pieces.append, _head.pack
     for payload in payloads:
-        pieces.append(package_header(len(payload)))
-        pieces.append(payload)
+        size = len(payload)
+        add(pack(_START, size) if size <= MAX_PAYLOAD_BYTES else package_header(size))
+        add(payload)
     return b"".join(pieces)
 
 
@@ -221,9 +223,11 @@ def encode_message(message: Message) -> bytes:
     router.SetInParent()
     try:
         header.id = message.id
-        header.parent_id = message.parent_id
         header.timestamp = message.timestamp
-        header.sync = message.sync
+        if message.parent_id:
+            header.parent_id = message.parent_id
+        if message.sync:
+            header.sync = True
         router.source = message.source
         router.group = message.group
         router.operation = message.operation
