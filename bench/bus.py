@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -198,21 +198,23 @@ def _note_cpu(results: Results, measure: str, contender: Contender, cpu: dict[st
         costs.setdefault(role, []).append(seconds * 1e6 / messages)
 
 
-def quietest(run: Callable[[], T], quick: bool) -> tuple[T, float]:
-    """Run until others leave the machine alone, at most ATTEMPTS times: the result of the quietest run, and its noise.
+def quietest(
+    run: Callable[[], T], quick: bool, *, attempts: int = ATTEMPTS, living: Iterable[int] = ()
+) -> tuple[T, float]:
+    """Run until others leave the machine alone, at most `attempts` times: the quietest run's result, and its noise.
 
-    Chosen by what others did and never by the result, so that every contender is treated alike. Raises what
-    `run` raises.
+    Chosen by what others did and never by the result, so that every contender is treated alike. `living`: see
+    OthersCpu. Raises what `run` raises.
     """
     best: tuple[T, float] | None = None
-    for _ in range(1 if quick else ATTEMPTS):
-        with OthersCpu() as others:
+    for _ in range(1 if quick else attempts):
+        with OthersCpu(living) as others:
             result = run()
         if best is None or others.percent < best[1]:
             best = result, others.percent
         if best[1] <= NOISY_PERCENT:
             break
-    assert best is not None  # ATTEMPTS is at least 1
+    assert best is not None  # there is at least one attempt
     return best
 
 

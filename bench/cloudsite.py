@@ -65,6 +65,10 @@ class Site:
         """Where the hub listens for this transport."""
         return self.ports["port" if self.transport == WSS else "quic_port"]
 
+    @property
+    def pids(self) -> list[int]:
+        return [child.pid for child in (self.cloud, self.broker, self.edgehub)]
+
     def credentials(self, node: str) -> dict[str, str]:
         pki = self.directory / "cloud"
         return {"ca": str(pki / "ca.crt"), "certificate": str(pki / f"{node}.crt"), "key": str(pki / f"{node}.key")}

@@ -6,11 +6,12 @@ import os
 import platform
 import resource
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from bench.memory import ticks_to_seconds
+from bench.memory import cpu_seconds, ticks_to_seconds
 
 
 def facts() -> dict[str, Any]:
@@ -35,11 +36,15 @@ def parse_busy_ticks(stat: str) -> int:
 class OthersCpu:
     """How much of the machine others used in a stretch of time.
 
-    A context manager; `percent` (of all cores) is there afterwards. Our own share is this process and the
-    children it has waited for, so children must have ended inside the stretch.
+    A context manager; `percent` (of all cores) is there afterwards. Our own share is this process, the children it has
+    waited for, and those named as `living`; other children must have ended inside the stretch.
     """
 
     percent = 0.0
+
+    def __init__(self, living: Iterable[int] = ()) -> None:
+        """`living`: process ids of children that are there all the time. Leaving raises OSError when one is gone."""
+        self._living = tuple(living)
 
     def __enter__(self) -> OthersCpu:
         self._started = time.monotonic()
@@ -52,9 +57,8 @@ class OthersCpu:
         seconds = max(time.monotonic() - self._started, 1e-9) * (os.cpu_count() or 1)
         self.percent = max(0.0, 100 * (self._now() - self._others) / seconds)
 
-    @staticmethod
-    def _now() -> float:
-        ours = 0.0
+    def _now(self) -> float:
+        ours = sum(map(cpu_seconds, self._living))
         for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
             usage = resource.getrusage(who)
             ours += usage.ru_utime + usage.ru_stime

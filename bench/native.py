@@ -32,14 +32,19 @@ BUILD_SECONDS = 600.0
 
 def runs(
     results: Results, stack: ExitStack, directory: Path, sites: dict[str, Site], say: Say
-) -> dict[tuple[str, str], Measured]:
-    """What can be run with Go, by measure and transport. Without Go: nothing, and `results` says why."""
+) -> tuple[dict[tuple[str, str], Measured], list[int]]:
+    """What can be run with Go, by measure and transport, and the hubs' process ids.
+
+    Without Go: nothing, and `results` says why.
+    """
     possible: dict[tuple[str, str], Measured] = {}
+    pids: list[int] = []
     for transport, around in sites.items():
         try:
             program = _build(transport)
             hub = _Hub(program, around, directory / f"native-{transport}.log")
             stack.enter_context(hub)
+            pids.append(hub.pid)
         except ChildFailed as fault:
             results.not_run[f"native {transport}"] = str(fault)
             say(f"native {transport}: not run: {fault}")
@@ -49,7 +54,7 @@ def runs(
         possible[report.LINK_UPLOADS_NATIVE_HUB, transport] = peer.link_upload
         possible[report.LINK_DOWNLOADS_NATIVE_HUB, transport] = peer.link_download
         possible[report.NATIVE_UPLOADS_NATIVE_HUB, transport] = peer.native_upload_to_native_hub
-    return possible
+    return possible, pids
 
 
 def _build(transport: str) -> Path:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
-from bench.machine import parse_busy_ticks
+from bench.machine import OthersCpu, parse_busy_ticks
 from bench.memory import Memory, cpu_seconds, parse_cpu_ticks, parse_peak_mib, parse_smaps_rollup
 
 ROLLUP = """\
@@ -45,3 +47,15 @@ def test_our_own_cpu_time_can_be_read() -> None:
 
 def test_idle_and_waiting_are_not_busy() -> None:
     assert parse_busy_ticks("cpu  1 2 4 1000 2000 8 16 32 0 0\ncpu0 1 1 1 1 1 1 1 1 0 0\n") == 1 + 2 + 4 + 8 + 16 + 32
+
+
+def test_what_children_that_live_on_use_is_not_others_cpu() -> None:
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as child:
+        try:
+            with OthersCpu() as with_child, OthersCpu([child.pid]) as without:
+                before = cpu_seconds(child.pid)
+                while cpu_seconds(child.pid) < before + 0.2:
+                    pass
+        finally:
+            child.kill()
+    assert without.percent < with_child.percent
