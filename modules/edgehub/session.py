@@ -339,7 +339,8 @@ class LinkSession:
                 self._enter(state, f"connected to {self.endpoint}, greeting", now)
                 if self._is_answered:
                     return [Greet()]
-                return [Greet(is_asking=False), *self._keep_unproven("this version of CloudHub does not tell", now)]
+                why = f"connected to {self.endpoint}; a CloudHub before 1.17 does not tell whether it serves this node"
+                return [Greet(is_asking=False), *self._keep_unproven(why, now)]
             case Failed(why):
                 self._fall(state, why, now)
                 return self._announce(False)
@@ -458,17 +459,17 @@ class LinkSession:
                 f"{self._greeting_seconds:g} s: rejected (node limit, certificate), or a CloudHub before 1.17"
             )
             return [Hangup("greeting unanswered")]
-        return self._keep_unproven(f"it has answered none of {self._unanswered} greetings", now)
+        why = (
+            f"{self.endpoint} takes uploads but has answered none of {self._unanswered} greetings: "
+            "rejected (node limit, certificate), or a CloudHub before 1.17"
+        )
+        return self._keep_unproven(why, now)
 
-    def _keep_unproven(self, what: str, now: float) -> list[Action]:
+    def _keep_unproven(self, why: str, now: float) -> list[Action]:
         self._greeting_due = None
         if self._unproven_redial_seconds > 0:
             self._redial_at = now + self._unproven_redial_seconds
-        self._enter(
-            LinkState.UNPROVEN,
-            f"{self.endpoint} takes uploads, but {what}: rejected (node limit, certificate), or a CloudHub before 1.17",
-            now,
-        )
+        self._enter(LinkState.UNPROVEN, why, now)
         return [*self._announce(True), *self._begin_moves(now)]
 
     # --- moves on purpose ------------------------------------------------------------------------
