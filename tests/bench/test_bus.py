@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 
@@ -11,6 +11,9 @@ class Noise:
     """Stands in for OthersCpu: says in turn how much others used."""
 
     percents: Iterator[float]
+
+    def __init__(self, living: Iterable[int]) -> None:
+        pass
 
     def __enter__(self) -> Noise:
         return self
