@@ -1,6 +1,7 @@
 # edgezmq. `make help` lists what there is. Needs python3 (3.11 or newer) with venv, and nothing else.
 #
 #   make demo                    the demonstration: MQTT → node → cloud and back, with two kills
+#   make demo LINK=quic          the same over QUIC instead of a websocket
 #   make test ARGS="-k routing"  ARGS goes to the command behind the target
 
 PYTHON ?= python3
