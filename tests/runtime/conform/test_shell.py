@@ -92,7 +92,7 @@ def test_over_tcp_a_module_finds_the_broker_that_comes_after() -> None:
     [
         ("ack-first", "request-order"),
         ("no-bye", "bye"),
-        ("stale-pong", "fresh-stalled"),
+        ("not-fresh", "fresh-first"),
         ("resend-skips", "resend-who"),
     ],
 )
