@@ -109,55 +109,36 @@ def run_cell(cell: Cell, rig: Rig, load: Load, rates: tuple[float, float], chanc
         assert rig.link is not None
         rig.link.order(harm.offline_by)
         pause(harm.offline_seconds)
-    killed_at = time.monotonic()
-    old_pids = _pids_to_be_replaced(cell, rig)
+    recovery = _Recovery(cell, rig, load)
+    since = time.monotonic()
     harm.begin(scene)
     if harm.is_kill:
-        load.watch(killed_at)
-    pause(chance.uniform(*harm.hold_seconds))
+        load.watch(since)
+    work(rig, load, recovery.is_looked_for if harm.is_kill else lambda: False, chance.uniform(*harm.hold_seconds))
     if harm.end is not None:
         harm.end(scene)
     over_at = time.monotonic()
-    since = killed_at
     if not harm.is_kill:
         since = over_at
         load.watch(over_at)
 
-    is_replaced = False
-
-    def recovered_at() -> float | None:
-        nonlocal is_replaced
-        if not rig.is_whole() or any(rig.pid(name) in (0, pid) for name, pid in old_pids.items()):
-            return None
-        if not is_replaced:
-            is_replaced = True
-            if harm.name == "SIGTERM":
-                load.first.clear()  # what the old process did while it drained does not count
-        where = "keeper" if cell.victim in ("keeper", "maker") else "cloud"
-        return load.first.get((where, harm.is_kill))
-
-    recovered: float | None = None
-    whole_at: float | None = None
-
     def is_over() -> bool:
-        nonlocal recovered, whole_at
-        if recovered is None:
-            recovered = recovered_at()
-            if recovered is not None:
-                whole_at = time.monotonic()
+        recovery.look()
+        if recovery.whole_at is None:
             return False
-        assert whole_at is not None
         enough = min(len(load.uploads.sent_at), load.commands_begun) >= pace.at_least
-        return enough and time.monotonic() > whole_at + pace.after_seconds
+        return enough and time.monotonic() > max(recovery.whole_at, over_at) + pace.after_seconds
 
     work(rig, load, is_over, RECOVERY_LIMIT_SECONDS)
     end_of_load = time.monotonic()
+    recovered = recovery.at
     if recovered is None:
         result.notes.append(f"no message came through within {RECOVERY_LIMIT_SECONDS:.0f} s")
     else:
         # A watchdog carries no messages: it is back when it holds its lock.
-        result.recovery_s = (whole_at if cell.victim == "watchdog" and whole_at and harm.is_kill else recovered) - since
-    until = (recovered or end_of_load) + pace.after_seconds
+        is_back = recovery.whole_at if cell.victim == "watchdog" and harm.is_kill else None
+        result.recovery_s = (is_back or recovered) - since
+    until = max(recovered or end_of_load, over_at) + pace.after_seconds
     load.set_rates(0.0, 0.0, others=False)
     settled_at: float | None = None
 
@@ -193,6 +174,44 @@ def run_cell(cell: Cell, rig: Rig, load: Load, rates: tuple[float, float], chanc
     result.ran = True
     result.seconds = time.monotonic() - started
     return result
+
+
+class _Recovery:
+    """When the victim was back: every program has a process, a new one where it was killed, and a message came through.
+
+    Made before the harm, for it remembers the processes.
+    """
+
+    def __init__(self, cell: Cell, rig: Rig, load: Load) -> None:
+        self._cell = cell
+        self._rig = rig
+        self._load = load
+        self._old_pids = _pids_to_be_replaced(cell, rig)
+        self._is_replaced = False
+        self.at: float | None = None
+        "When the message came."
+        self.whole_at: float | None = None
+        "When this was seen."
+
+    def is_looked_for(self) -> bool:
+        """Look, and let the load go on: False."""
+        self.look()
+        return False
+
+    def look(self) -> None:
+        if self.at is not None:
+            return
+        rig, load, harm = self._rig, self._load, self._cell.harm
+        if not rig.is_whole() or any(rig.pid(name) in (0, pid) for name, pid in self._old_pids.items()):
+            return
+        if not self._is_replaced:
+            self._is_replaced = True
+            if harm.name == "SIGTERM":
+                load.first.clear()  # what the old process did while it drained does not count
+        where = "keeper" if self._cell.victim in ("keeper", "maker") else "cloud"
+        self.at = load.first.get((where, harm.is_kill))
+        if self.at is not None:
+            self.whole_at = time.monotonic()
 
 
 def _not_shown(result: Result, cell: Cell, load: Load, scene: Scene) -> Iterator[str]:
