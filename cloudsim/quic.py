@@ -258,6 +258,8 @@ class Connection:
             self._transmission = None
         self._send_datagrams()
         while self._outgoing and self._write_next():
+            while self._outgoing and self._write_next():
+                pass  # small messages share datagrams
             self._send_datagrams()
         self._tell_writable()
         self._arm("quic", self._quic.get_timer(), self._quic_due)
