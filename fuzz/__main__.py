@@ -95,17 +95,22 @@ def fuzz(targets: Sequence[Target], seconds: float, jobs: int) -> int:
     share = max(1, round(seconds * jobs / len(targets)))
     print(f"{len(targets)} targets, {share} s each, {jobs} at a time", flush=True)
     waiting, running, results = list(targets), list[Run](), list[Result]()
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            running.append(start(waiting.pop(0), share))
-        for run in list(running):
-            if run.process.exitcode is None and time.monotonic() > run.ends_at:
-                run.process.kill()
-                run.process.join()
-            if run.process.exitcode is not None:
-                running.remove(run)
-                results.append(finish(run))
-        time.sleep(0.05)  # between two looks at the processes
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                running.append(start(waiting.pop(0), share))
+            for run in list(running):
+                if run.process.exitcode is None and time.monotonic() > run.ends_at:
+                    run.process.kill()
+                    run.process.join()
+                if run.process.exitcode is not None:
+                    running.remove(run)
+                    results.append(finish(run))
+            time.sleep(0.05)  # between two looks at the processes
+    finally:  # Ctrl-C
+        for run in running:
+            run.process.kill()
+            run.process.join()
     return report(results)
 
 
@@ -223,4 +228,7 @@ def replay(target: Target, files: Sequence[Path]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
