@@ -40,7 +40,6 @@ type session struct {
 	node     string
 	number   int
 	rejected string // why it gets nothing, empty if it is served
-	started  time.Time
 	quic     *quic.Conn
 	control  *quic.Stream
 	lane     *viaduct.Conn
@@ -57,7 +56,6 @@ func newSession(h *hub, node string, number int, connection *quic.Conn, control 
 		hub:     h,
 		node:    node,
 		number:  number,
-		started: time.Now(),
 		quic:    connection,
 		control: control,
 		lane:    viaduct.NewConn(connection, viaduct.Options{Rotate: h.rotate}),
