@@ -172,6 +172,8 @@ class Stage:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.playing = ""
+        "The name of the check."
         self.now = 0.0
         "Seconds since the play began."
         self.record: list[Seen | Note] = []
@@ -333,6 +335,7 @@ class Play:
 
     def __post_init__(self) -> None:
         assert self.check.script is not None
+        self.stage.playing = self.check.name
         self._script = self.check.script(self.stage)
         self._go(None)
 

@@ -35,7 +35,6 @@ from runtime.conform.play import (
     Action,
     Check,
     Close,
-    Finding,
     Open,
     Play,
     Rebind,
@@ -45,7 +44,6 @@ from runtime.conform.play import (
     Start,
     Tell,
 )
-from runtime.conform.referee import RULES
 from runtime.home import BUS_VARIABLE, HOME_VARIABLE
 
 JOBS: Final = 6
@@ -210,58 +208,61 @@ class _ModuleRoom:
 def check_module(run: ModuleRun, checks: Iterable[Check], report: Report) -> tuple[Traits, list[Result]]:
     """Play these checks of a module; `report` is told each verdict as it falls, from any thread.
 
-    First a survey: which of them apply. Raises OSError when the command cannot be started.
+    First a survey: which of them apply. Standing rules are watched in these plays; where only such are asked for, in
+    all plays there are. Raises OSError when the command cannot be started.
     """
     checks = list(checks)
-    findings: dict[str, Finding] = {rule.name: Finding() for rule in RULES}
-    survey = _play_module(run, module_checks.SURVEY, Traits(), findings)
-    traits: Traits = survey[1]
-    results: list[Result] = []
-    if survey[0].outcome != PASS:
-        report(survey[0])
-        return traits, [survey[0]]
+    survey, stage = _play_module(run, module_checks.SURVEY, Traits())
+    traits = stage.traits
+    if survey.outcome != PASS:
+        report(survey)
+        return traits, [survey]
+    chosen = [check for check in checks if check.script is not None]
+    plays = chosen or [check for check in module_checks.ALL if check.script is not None]
 
-    def one(check: Check) -> Result:
+    def one(check: Check) -> tuple[Result, ModuleStage | None]:
         why = traits.lacking(check.needs)
-        result = Result(check, NOT_APPLICABLE, why) if why else _play_module(run, check, traits, findings)[0]
-        report(result)
-        return result
+        played = (Result(check, NOT_APPLICABLE, why), None) if why else _play_module(run, check, traits)
+        if chosen:
+            report(played[0])
+        return played
 
-    scripted = [check for check in checks if check.script is not None]
     # The long ones first, so that the others are played meanwhile.
     with ThreadPoolExecutor(run.jobs) as pool:
-        results = list(pool.map(one, sorted(scripted, key=lambda check: not check.is_long)))
-    order = {check.name: place for place, check in enumerate(checks)}
-    standing = [judge(check, findings[check.name]) for check in checks if check.script is None]
+        played = list(pool.map(one, sorted(plays, key=lambda check: not check.is_long)))
+    stages = [stage, *(each for _, each in played if each is not None)]
+    standing = [judge(check, stages) for check in checks if check.script is None]
     for result in standing:
         report(result)
+    order = {check.name: place for place, check in enumerate(checks)}
+    results = [result for result, _ in played if chosen]
     return traits, sorted([*standing, *results], key=lambda result: order[result.check.name])
 
 
-def _play_module(run: ModuleRun, check: Check, traits: Traits, findings: dict[str, Finding]) -> tuple[Result, Traits]:
+def _play_module(run: ModuleRun, check: Check, traits: Traits) -> tuple[Result, ModuleStage]:
     room = _ModuleRoom(run)
     try:
         play = room.play(check, traits)
         result = play.result
         assert result is not None
-        if result.outcome == FAIL and room.log():
+        if result.outcome == FAIL:
             result = replace(result, log=room.log())
+        return result, play.stage
     finally:
         room.close()
-    for name, found in play.stage.referee.findings.items():
-        whole = findings[name]
-        whole.exercised += found.exercised
-        if found.fault and not whole.fault:
-            whole.fault, whole.frames = f"{found.fault} (while playing {check.name})", found.frames
-    return result, play.stage.traits
 
 
-def judge(check: Check, finding: Finding) -> Result:
-    if finding.fault:
-        return Result(check, FAIL, finding.fault, finding.frames)
-    if not finding.exercised:
-        return Result(check, NOT_APPLICABLE, "it did nothing that this is about")
-    return Result(check, PASS, f"{finding.exercised} times")
+def judge(rule: Check, stages: Iterable[ModuleStage]) -> Result:
+    """The verdict on a standing rule, from what the referees of all plays have found."""
+    exercised = 0
+    for stage in stages:
+        finding = stage.referee.findings[rule.name]
+        if finding.fault:
+            return Result(rule, FAIL, f"{finding.fault} (while playing {stage.playing})", finding.frames)
+        exercised += finding.exercised
+    if not exercised:
+        return Result(rule, NOT_APPLICABLE, "it did nothing that this is about")
+    return Result(rule, PASS, f"{exercised} times")
 
 
 # --- a broker --------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from runtime import emp
 from runtime.conform import module_checks
 from runtime.conform.module_stage import Traits
-from runtime.conform.play import FAIL, NOT_APPLICABLE, PASS, Check, Finding, Result
+from runtime.conform.play import FAIL, NOT_APPLICABLE, PASS, Check, Result
 from runtime.conform.referee import RULES
 from runtime.conform.shell import judge
 from tests.support.puppet import Puppet
@@ -128,13 +128,12 @@ def verdict(name: str, fault: str = "") -> Result:
     check = CHECKS[name]
     faults = [fault] if fault else []
     if check.script is None:
-        finding = Finding()
+        stages = []
         for other in SCRIPTED:
-            found = ModulePlay(other, faults, whole()).play.stage.referee.findings[name]
-            if found.fault:
-                return judge(check, found)
-            finding.exercised += found.exercised
-        return judge(check, finding)
+            stages.append(ModulePlay(other, faults, whole()).play.stage)
+            if stages[-1].referee.findings[name].fault:
+                break
+        return judge(check, stages)
     result = ModulePlay(check, faults, whole()).play.result
     assert result is not None
     return result

@@ -15,6 +15,7 @@ import pytest
 
 from runtime.conform import broker_checks, module_checks
 from runtime.conform.play import FAIL, NOT_APPLICABLE, PASS, Check, Result, Settings
+from runtime.conform.referee import RULES
 from runtime.conform.shell import BrokerRun, ModuleRun, check_broker, check_module
 from tests.support.aio import until_sync
 from tests.support.deadline import DEADLINE
@@ -100,6 +101,16 @@ def test_a_process_that_breaks_a_rule_fails_its_check(fault: str, name: str) -> 
     [result] = run(*PUPPET, fault, checks=named(name))
     assert result.outcome == FAIL
     assert result.frames
+
+
+def test_standing_rules_alone_are_watched_in_all_plays(monkeypatch: pytest.MonkeyPatch) -> None:
+    plays = tuple(check for check in module_checks.ALL if check.name in ("who", "bye"))
+    monkeypatch.setattr(module_checks, "ALL", plays)
+    rules = [rule for rule in RULES if rule.name in ("greeting", "nonces")]
+    assert [(result.check.name, result.outcome) for result in run(*PUPPET, checks=rules)] == [
+        ("greeting", PASS),
+        ("nonces", PASS),
+    ]
 
 
 def test_a_command_that_does_not_come_up_fails_the_survey_and_its_output_is_shown() -> None:
