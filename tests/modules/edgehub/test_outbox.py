@@ -274,3 +274,72 @@ def test_edgehubs_own_acks_need_no_room(kind: Class) -> None:
     box.put(b"aa", "a", kind)
     box.put(b"bb", "b", kind)
     assert take(box) == ["a", "b"]
+
+
+# --- classes that go up independently of each other --------------------------------------------------
+
+
+def both(*, is_apart: bool) -> Outbox[str]:
+    """Signals s1, s2 and data d1, d2, all written."""
+    box: Outbox[str] = Outbox(LIMITS)
+    box.keep_apart(is_apart)
+    for number in (1, 2):
+        box.put(b"x", f"d{number}", Class.DATA)
+        box.put(b"x", f"s{number}", Class.SIGNAL)
+    if is_apart:
+        for kind in Class:
+            box.take(10_000, max_messages=100, max_data=None, only=kind)
+    else:
+        take(box)
+    return box
+
+
+def test_kept_apart_a_barrier_settles_its_own_class_alone_whichever_passes_first() -> None:
+    box = both(is_apart=True)
+    signals, data = box.barrier(Class.SIGNAL), box.barrier(Class.DATA)
+    assert signals is not None
+    assert data is not None
+    assert box.unconfirmed_of(Class.SIGNAL) == box.unconfirmed_of(Class.DATA) == (2, 2)
+    assert box.passed(data) == ["d1", "d2"]
+    assert (box.unconfirmed, box.unconfirmed_bytes) == (2, 2)
+    assert box.passed(signals) == ["s1", "s2"]
+    assert box.unconfirmed == 0
+
+
+def test_together_a_barrier_of_either_class_settles_both() -> None:
+    box = both(is_apart=False)
+    barrier = box.barrier(Class.SIGNAL)
+    assert barrier is not None
+    assert box.unconfirmed_of(Class.SIGNAL) == box.unconfirmed_of(Class.DATA) == (4, 4)
+    assert box.passed(barrier) == ["s1", "s2", "d1", "d2"]
+
+
+def test_kept_apart_the_first_of_a_class_goes_whatever_the_other_has_under_way() -> None:
+    box = both(is_apart=True)
+    assert box.passed(box.barrier(Class.SIGNAL) or 0) == ["s1", "s2"]
+    box.put(b"x" * 5000, "large", Class.SIGNAL)
+    box.put(b"x" * 5000, "data", Class.DATA)
+    taken = box.take(10, max_messages=100, max_data=None, only=Class.SIGNAL)
+    assert [entry.token for entry in taken] == ["large"]
+    assert box.take(10, max_messages=100, max_data=None, only=Class.DATA) == [], "data is under way: no room"
+
+
+def test_kept_apart_a_lost_link_gives_each_class_back_in_order() -> None:
+    box = both(is_apart=True)
+    box.barrier(Class.SIGNAL)
+    box.lost()
+    assert take(box) == ["s1", "s2", "d1", "d2"]
+    assert box.mismatch == 0
+
+
+def test_kept_apart_what_is_under_way_is_stored_per_class() -> None:
+    box = both(is_apart=True)
+    assert [row.row for row in box.spill(Class.DATA, float("inf"))] == [1, 2]
+    assert box.stored(Class.DATA, 2) == ["d1", "d2"]
+    assert box.oldest_unstored()[0] is not None, "the signals are not"
+    assert [row.row for row in box.spill(Class.SIGNAL, float("inf"))] == [1, 2]
+    assert box.stored(Class.SIGNAL, 2) == ["s1", "s2"]
+    assert box.oldest_unstored() == (None, None)
+    assert box.passed(box.barrier(Class.DATA) or 0) == [], "they were settled when they were stored"
+    assert box.stored_of(Class.DATA) == (0, 0)
+    assert box.mismatch == 0
