@@ -105,8 +105,8 @@ INCARNATION_BYTES: Final = 16
 EPOCH_BYTES: Final = 8
 MAX_GROUPS: Final = 64
 MAX_REASON_CHARS: Final = 64
-MAX_MESSAGE_BYTES: Final = 12 * 2**20
-"Default limit for one message in its MessagePack form: what a cloud link carries up (12 MiB), and 8 MiB payloads."
+MAX_MESSAGE_BYTES: Final = 17 * 2**20
+"Default limit for one message in its MessagePack form: the 16 MiB that may come down from the cloud, and its fields."
 
 Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 Natural = Annotated[int, Meta(ge=0, le=2**63 - 1)]

@@ -260,7 +260,7 @@ def test_the_settings_and_numbers_in_the_page_are_those_of_the_code() -> None:
         name: getattr(Module, name)
         for name in ("handler_timeout", "liveness", "prefetch_messages", "prefetch_bytes", "drain_timeout")
     }
-    assert (Limits().window_messages, Limits().window_bytes, Limits().message_bytes) == (4096, 8 * 2**20, 12 * 2**20)
+    assert (Limits().window_messages, Limits().window_bytes, Limits().message_bytes) == (4096, 8 * 2**20, 17 * 2**20)
     assert HANDLER_WAIT_SECONDS == 5.0
     assert (module_source.EXIT_ERROR, module_source.EXIT_CONFIG, module_source.EXIT_FENCED) == (1, 2, 3)
 

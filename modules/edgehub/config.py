@@ -136,7 +136,7 @@ class EdgeHubConfig:
     window_bytes_max: int = 8 * 2**20
     "Written and without a pong, on the fastest link."
     max_upload_bytes: int = 17 * 2**20
-    "One message in its JSON form; a larger one is refused. The bus's limit of 12 MiB is 16 MiB as base64."
+    "One message in its JSON form; a larger one is refused. 12 MiB of bytes are 16 MiB as base64."
     max_content_depth: int = 512
     "Nesting of JSON content; deeper is refused. Go's decoder, which cuts the link, stops at 10000."
     request_seconds: float = 60.0
