@@ -162,6 +162,23 @@ def test_what_the_page_leaves_free_fails_nothing(freedom: str) -> None:
         assert not any(found.fault for found in play.stage.referee.findings.values())
 
 
+class Crossing(Puppet):
+    """Its timer has just said HELLO once more when the first WELCOME comes in."""
+
+    def receive(self, frames: list[bytes], now: float) -> None:
+        if frames[0] == emp.WELCOME and not self.generation:
+            self.greet(now)
+        super().receive(frames, now)
+
+
+@pytest.mark.parametrize("name", ["hello-repeated", "who-greeting", "name-taken", "refused-other"])
+def test_a_hello_that_crosses_its_welcome_fails_nothing(name: str) -> None:
+    play = ModulePlay(CHECKS[name], (), whole(), Crossing).play
+    assert play.result is not None
+    assert play.result.outcome == PASS, (play.result.why, *play.result.frames)
+    assert not any(found.fault for found in play.stage.referee.findings.values())
+
+
 class Monkey(Puppet):
     """Says anything at any time."""
 
