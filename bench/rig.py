@@ -14,6 +14,7 @@ from typing import Any
 
 from bench.children import Child, ChildFailed
 from bench.contenders import SERVER_SECONDS, mosquitto
+from demo.around import edgecore
 
 NODE_NAME = "bench-node"
 SERVED_SECONDS = 30.0
@@ -25,28 +26,6 @@ STAYED_SECONDS = 4
 
 POLL_SECONDS = 0.005
 "Between two questions to cloudsim; what we may be late by."
-
-CONFIG = """\
-apiVersion: edgecore.config.kubeedge.io/v1alpha2
-kind: EdgeCore
-modules:
-  edged:
-    hostnameOverride: {node}
-  edgeHub:
-    # No limit: the stock 30 uploads a second would be all that is measured.
-    messageQPS: 0
-    tlsCaFile: {pki}/ca.crt
-    tlsCertFile: {pki}/{node}.crt
-    tlsPrivateKeyFile: {pki}/{node}.key
-    websocket:
-      enable: true
-      server: 127.0.0.1:{cloud_port}
-    quic:
-      enable: false
-  eventBus:
-    mqttMode: 2
-    mqttServerExternal: tcp://127.0.0.1:{mqtt_port}
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +98,7 @@ def rig(directory: Path, *, with_relay: bool = False) -> Iterator[Rig]:
             mosquitto(directory, "persistence false\nmax_queued_messages 0\nmax_inflight_messages 1000\n")
         )
         config = directory / "edgecore.yaml"
-        config.write_text(CONFIG.format(node=NODE_NAME, pki=pki, cloud_port=cloud_port, mqtt_port=mqtt_port))
+        config.write_text(edgecore(NODE_NAME, pki, cloud_port=cloud_port, mqtt_port=mqtt_port))
         yield Rig(home, config, int(ports["control_port"]), mqtt_port, cloud, relay, relay_output, mqtt)
 
 

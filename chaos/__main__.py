@@ -20,10 +20,10 @@ from chaos.account import percentile
 from chaos.disk import build_shim
 from chaos.harms import Cell, cells_of
 from chaos.load import Load
-from chaos.places import QUIC, WEBSOCKET
 from chaos.rig import Rig, RigBroken
 from chaos.run import QUICK, Pace, Result, as_json, measure_capacity, run_cell, work
 from chaos.table import render
+from demo.around import LINKS, WSS
 from demo.children import DemoFailed, Interrupts
 
 BASELINE_SECONDS: Final = 12.0
@@ -278,7 +278,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="write the results there; written anew after each cell")
     add("--runs", type=int, default=0, metavar="N", help="the long form: N cells in random order; default: each once")
     add("--seed", type=int, help="of all chances; default: a random one, printed")
-    add("--link", choices=(WEBSOCKET, QUIC), default=WEBSOCKET, help="how edgehub reaches the cloud; default: wss")
+    add("--link", choices=LINKS, default=WSS, help="how edgehub reaches the cloud; default: wss")
     add("--only", action="append", metavar="VICTIM:HARM", help="only this cell; may be repeated")
     add("--quick", action="store_true", help="short cells with few messages: does it work at all?")
     add("--keep-logs", action="store_true", help="of all cells, not only of those that failed")

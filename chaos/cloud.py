@@ -17,10 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from chaos.places import NODE, QUIC, TOKEN
+from chaos.places import NODE, TOKEN
 from cloudsim import CloudSim, SimConfig
 from cloudsim.recorder import Recorder
 from cloudsim.wire import CloudMessage
+from demo.around import QUIC
 
 
 class WritingRecorder(Recorder):

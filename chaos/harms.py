@@ -15,8 +15,8 @@ from random import Random
 from typing import Final
 
 from chaos.load import Load
-from chaos.places import QUIC
 from chaos.rig import PROGRAMS, Rig
+from demo.around import QUIC
 
 EVERYTHING: Final = "everything"
 ALL_PROCESSES: Final = ("supervisord", *PROGRAMS, "mosquitto", "cloudsim")

@@ -4,8 +4,6 @@ import re
 from typing import Final
 
 NODE: Final = "chaos-node"
-WEBSOCKET: Final = "wss"
-QUIC: Final = "quic"
 
 TOKEN: Final = re.compile(rb"[a-z]\.[0-9a-z]+\.\d+\.\d+\.")
 """In the content of every message that is counted: kind, cell, device or generation or command, number.

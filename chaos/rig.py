@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from chaos.disk import Control, Disk
-from chaos.places import NODE, QUIC, WEBSOCKET
+from chaos.places import NODE
 from chaos.tail import Tail
+from demo.around import QUIC, WSS, edgecore, find_mosquitto, free_port, listens, mosquitto_conf
 from demo.children import Child
-from demo.stage import find_mosquitto, free_port, listens
 from runtime.admin import AdminClient, BrokerSilent
 from runtime.home import Home
 from runtime.ledger import OUTBOX_FILE, compose, read_outbox
@@ -44,37 +44,16 @@ LEDGER_SECONDS: Final = 5.0
 _LIFE: Final = re.compile(rb" (attached|back|silent|gone) module=")
 _FENCED: Final = b"(exit status %d;" % EXIT_FENCED
 
-MOSQUITTO_CONF: Final = """\
-listener {port} 127.0.0.1
-allow_anonymous true
-max_inflight_messages 1024
-max_queued_messages 0
-max_queued_bytes 0
-persistence true
-persistence_location {directory}/
+MOSQUITTO: Final = """\
 autosave_interval 5
 set_tcp_nodelay true
 """
 
-EDGECORE: Final = """\
-apiVersion: edgecore.config.kubeedge.io/v1alpha2
-kind: EdgeCore
-modules:
-  edged: {{hostnameOverride: {node}}}
-  edgeHub:
-    messageQPS: 0
-    tlsCaFile: {cloud}/ca.crt
-    tlsCertFile: {cloud}/{node}.crt
-    tlsPrivateKeyFile: {cloud}/{node}.key
-    websocket: {{enable: {websocket}, server: 127.0.0.1:{cloud_port}}}
-    quic: {{enable: {quic}, server: 127.0.0.1:{cloud_port}}}
-  eventBus:
-    mqttMode: 2
-    mqttServerExternal: tcp://127.0.0.1:{mqtt_port}
+RUNTIME: Final = """\
 runtime:
-  modules: {{keeper: {{groups: [meta]}}, maker: {{}}, asker: {{}}, answerer: {{}}}}
-  eventbus: {{keepaliveSeconds: 5}} # a silent MQTT broker is found in seconds, not in a minute
-  watchdog: {{brokerSilenceSeconds: 3}}
+  modules: {keeper: {groups: [meta]}, maker: {}, asker: {}, answerer: {}}
+  eventbus: {keepaliveSeconds: 5} # a silent MQTT broker is found in seconds, not in a minute
+  watchdog: {brokerSilenceSeconds: 3}
 """
 
 PROGRAM: Final = """\
@@ -154,7 +133,7 @@ class Relay:
 class Rig:
     """`start`, then break it; `tend` it now and then; `close` leaves no process behind."""
 
-    def __init__(self, directory: Path, shim: Path | None, link: str = WEBSOCKET) -> None:
+    def __init__(self, directory: Path, shim: Path | None, link: str = WSS) -> None:
         """`link`: what joins edgehub and the cloud, `wss` or `quic`."""
         self.directory = directory
         self.protocol = link
@@ -204,13 +183,13 @@ class Rig:
         for name in MODULES:
             (self.home.modules / f"{name}.conf").write_text(PROGRAM.format(name=name, worker=worker))
         (self.home.path / "edgecore.yaml").write_text(
-            EDGECORE.format(
-                node=NODE,
-                cloud=self._cloud_directory,
+            edgecore(
+                NODE,
+                self._cloud_directory,
                 cloud_port=self.link.port,
                 mqtt_port=self.mqtt_link.port,
-                websocket=str(self.protocol == WEBSOCKET).lower(),
-                quic=str(self.protocol == QUIC).lower(),
+                link=self.protocol,
+                more=RUNTIME,
             )
         )
         if self.shim is not None:
@@ -228,9 +207,7 @@ class Rig:
             self._wait(lambda: listens(self.control_port), "cloudsim")
 
     def _start_mqtt_conf(self) -> None:
-        text = MOSQUITTO_CONF.format(port=self.mqtt_port, directory=self._mqtt_directory)
-        if os.geteuid() == 0:
-            text += "user root\n"  # else it becomes user mosquitto, who may not read this directory
+        text = mosquitto_conf(self.mqtt_port, self._mqtt_directory, MOSQUITTO)
         (self.directory / "mosquitto.conf").write_text(text)
 
     def _start_mqtt(self, *, waits: bool = True) -> None:

@@ -10,10 +10,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from demo.around import LINKS, QUIC, WSS
 from demo.children import DemoFailed, Interrupts
 from demo.play import play
 from demo.show import Script, Show
-from demo.stage import LINKS, QUIC, WSS, Stage
+from demo.stage import Stage
 from demo.telling import Teller
 from runtime.errors import EdgezmqError
 from runtime.home import HOME_VARIABLE, IPC_PATH_LIMIT, Home

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 
+from demo.around import QUIC
 from demo.cloud import CloudApplication
 from demo.device import COMMANDS, MEASUREMENTS
 from demo.show import READY_SECONDS
-from demo.stage import NODE, QUIC, Stage, wait
+from demo.stage import NODE, Stage, wait
 from demo.telling import Teller
 
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Final, NoReturn
 
+from demo.around import QUIC
 from demo.children import DemoFailed
 from demo.cloud import CloudApplication
 from demo.device import COMMANDS, MEASUREMENTS, Device
-from demo.stage import NODE, QUIC, Stage, wait
+from demo.stage import NODE, Stage, wait
 from demo.tally import Kill, Tally
 from demo.telling import Teller
 

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
-import socket
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from demo.around import QUIC, WSS, edgecore, find_mosquitto, free_port, is_free_udp, listens, mosquitto_conf
 from demo.children import Child, DemoFailed, Interrupts, last_words
 from runtime.home import Home
 from runtime.locks import holder, holders
 from runtime.supervisord import Supervisor, SupervisorError
 
 NODE: Final = "demo-node"
-WSS: Final = "wss"
-QUIC: Final = "quic"
-LINKS: Final = (WSS, QUIC)
-"Transports to the cloud."
 NODE_LOCK: Final = "node"
 "Held by the supervisord of a running node (runtime.cli.node)."
 
@@ -30,70 +24,6 @@ START_SECONDS: Final = 20.0
 "For a helper to listen; on a busy machine Python alone takes some seconds to start."
 END_SECONDS: Final = 15.0
 "For the node: modules may take 8 s to drain."
-
-MOSQUITTO_CONF: Final = """\
-listener {port} 127.0.0.1
-allow_anonymous true
-# What deploy/mosquitto.conf recommends: keep more than 20 messages under way, drop none because a queue is full.
-max_inflight_messages 1000
-max_queued_messages 0
-persistence true
-persistence_location {directory}/
-"""
-
-EDGECORE: Final = """\
-# Written by the demo, anew at each start. KubeEdge's own format; edgecore.example.yaml explains it.
-apiVersion: edgecore.config.kubeedge.io/v1alpha2
-kind: EdgeCore
-modules:
-  edged:
-    hostnameOverride: {node}
-  edgeHub:
-    messageQPS: 0 # no limit; KubeEdge's default of 30 uploads a second would take the demo a minute
-    tlsCaFile: {cloud}/ca.crt
-    tlsCertFile: {cloud}/{node}.crt
-    tlsPrivateKeyFile: {cloud}/{node}.key
-    websocket:
-      enable: {wss}
-      server: 127.0.0.1:{cloud_port}
-    quic:
-      enable: {quic}
-      server: 127.0.0.1:{cloud_port}
-  eventBus:
-    mqttMode: {mqtt_mode}
-    mqttServerExternal: tcp://127.0.0.1:{mqtt_port}
-    mqttServerInternal: tcp://127.0.0.1:{mqtt_port}
-"""
-
-
-def find_mosquitto() -> str | None:
-    """An installed mosquitto. Debian keeps it in sbin, which is not in everybody's PATH."""
-    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin"])
-    return shutil.which("mosquitto", path=path)
-
-
-def free_port(*wanted: int) -> int:
-    """The first of `wanted` that is free on loopback, else any that is."""
-    for port in (*wanted, 0):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            # As servers do, so that a port that was in use a moment ago counts as free.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", port))
-            return int(probe.getsockname()[1])
-    raise DemoFailed("no free TCP port on 127.0.0.1")
-
-
-def is_free_udp(port: int) -> bool:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-        probe.bind(("127.0.0.1", port))
-        return True
-    return False
-
-
-def listens(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0):
-        return True
-    return False
 
 
 def wait(condition: Callable[[], bool], what: str, seconds: float, *children: Child, log: Path | None = None) -> None:
@@ -190,10 +120,7 @@ class Stage:
         directory.mkdir(mode=0o700, exist_ok=True)
         log = self.log / "mosquitto.log"
         conf = directory / "mosquitto.conf"
-        text = MOSQUITTO_CONF.format(port=self.mqtt_port, directory=directory)
-        if os.geteuid() == 0:
-            text += "user root\n"  # else it becomes user mosquitto, who may not read this directory
-        conf.write_text(text)
+        conf.write_text(mosquitto_conf(self.mqtt_port, directory))
         with self.interrupts.held():
             self._mqtt = broker = Child("mosquitto", [mosquitto, "-c", str(conf)], log=log)
         wait(lambda: listens(self.mqtt_port), "mosquitto", START_SECONDS, broker, log=log)
@@ -202,14 +129,13 @@ class Stage:
         """Returns once supervisord answers and every program has a process."""
         config = self.home.path / "edgecore.yaml"
         config.write_text(
-            EDGECORE.format(
-                node=NODE,
-                cloud=self.directory / "cloud",
-                wss=str(self.link == WSS).lower(),
-                quic=str(self.link == QUIC).lower(),
+            edgecore(
+                NODE,
+                self.directory / "cloud",
                 cloud_port=self.cloud_port,
-                mqtt_mode=self._mqtt_mode,
                 mqtt_port=self.mqtt_port,
+                link=self.link,
+                mqtt_mode=self._mqtt_mode,
             )
         )
         log = self.log / "up.log"

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from demo.__main__ import _parser, _places
+from demo.around import free_port
 from demo.children import Child, DemoFailed, Interrupts
-from demo.stage import Stage, free_port
+from demo.stage import Stage
 from demo.telling import Teller
 from runtime.home import HOME_VARIABLE
 from runtime.locks import hold

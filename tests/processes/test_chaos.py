@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from demo.stage import find_mosquitto
+from demo.around import find_mosquitto
 from tests.support.deadline import DEADLINE
 
 pytestmark = pytest.mark.processes
