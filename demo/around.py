@@ -59,7 +59,7 @@ def edgecore(
     mqtt_mode: int = 2,
     more: str = "",
 ) -> str:
-    """An edgecore.yaml for a node whose cloud and MQTT broker are on this machine. `more`: our own section `runtime`."""
+    """An edgecore.yaml for a node whose cloud and MQTT broker are on this machine. `more`: a section `runtime`."""
     text = _EDGECORE.format(
         node=node,
         certificates=certificates,
