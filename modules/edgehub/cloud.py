@@ -135,13 +135,14 @@ def check_json(content: bytes, max_depth: int) -> None:
     Stricter than Go in two points: nesting is bounded by `max_depth`, and lone surrogates, which
     Go replaces in silence, are refused.
     """
-    if content.count(b"[") + content.count(b"{") > max_depth and depth(content) > max_depth:
+    size = len(content)
+    if size > max_depth and content.count(b"[") + content.count(b"{") > max_depth and depth(content) > max_depth:
         raise InvalidMessage(f"content is nested deeper than {max_depth}")
     try:
         value = _decode(content)
     except (ValueError, RecursionError) as fault:  # DecodeError and UnicodeDecodeError are ValueErrors
         raise InvalidMessage(f"content says json but is not: {fault}") from fault
-    if len(content) >= 309 and _LONG_INTEGER.search(content) and _holds_huge_integer(value):
+    if size >= 309 and _LONG_INTEGER.search(content) and _holds_huge_integer(value):
         raise InvalidMessage("content holds a number beyond float64, which CloudHub cannot read")
 
 
