@@ -25,7 +25,7 @@ from bench.stats import count_for
 PROBE = 2_000
 "Messages that size the rounds, and warm up; they do not count."
 MOST = 200_000
-ROUND_SECONDS = 1.5
+ROUND_SECONDS = 1.0
 QUICK_ROUND_SECONDS = 0.3
 
 ATTEMPTS = 2
