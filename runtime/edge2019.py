@@ -63,12 +63,12 @@ def convert(document: object, *, cloud: str = OLD_CLOUD) -> Imported:
     }
     enabled = source.take("modules.enabled")
     if enabled is not None:
-        if not isinstance(enabled, list):
+        if not isinstance(enabled, list) or not all(isinstance(name, str) for name in enabled):
             raise ConfigError("modules.enabled", enabled, "a list of module names")
         for name, key in _MODULE_KEYS.items():
             if name not in enabled:
                 modules[key]["enable"] = False
-        others = [str(name) for name in enabled if name not in _MODULE_KEYS]
+        others = [name for name in enabled if name not in _MODULE_KEYS]
         if others:
             remarks.append(f"modules that edgezmq does not run: {', '.join(others)}")
     if edge_hub["quic"]["enable"]:
@@ -110,6 +110,9 @@ def _edge_hub(source: _Source, remarks: list[str]) -> tuple[dict[str, Any], str]
     source.carry("edgehub.controller.heartbeat", hub, "heartbeat", "modules.edgeHub.heartbeat")
     node_name = source.take("edgehub.controller.node-id", origin="modules.edged.hostnameOverride")
     other_name = source.take("edged.hostname-override")
+    for key, name in (("edgehub.controller.node-id", node_name), ("edged.hostname-override", other_name)):
+        if name is not None and not isinstance(name, str):
+            raise ConfigError(key, name, "a name")
     if node_name is None:
         node_name = other_name
     if node_name is None:
@@ -163,7 +166,7 @@ def _server(key: str, url: object, hub: Mapping[str, Any], node_name: object, re
     parts = path.split("/")
     if len(parts) == 3:
         for said, meant in ((parts[0], hub.get("projectID", parts[0])), (parts[1], node_name)):
-            if said != meant:
+            if isinstance(meant, str) and said != meant:  # else it is refused anyway
                 remarks.append(f"{key} says {said!r} where another key says {meant!r}: the other key is taken")
     return address
 

@@ -211,3 +211,19 @@ def test_a_mapping_within_itself_is_a_config_error() -> None:
     document["mqtt"]["mqtt"] = document
     with pytest.raises(ConfigError, match="at most 10 levels"):
         convert(document)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("modules", {"enabled": [{"eventbus": True}]}),
+        ("modules", {"enabled": ["eventbus", ["websocket"]]}),
+        ("edged", {"hostname-override": [["node"]]}),
+        ("edgehub", {"controller": {"node-id": ["node"]}}),
+    ],
+)
+def test_a_name_that_is_none_is_a_config_error(key: str, value: Any) -> None:
+    document = {"edgehub": {"controller": {"node-id": "node"}, "websocket": {"url": "wss://c:1/p/n/events"}}}
+    with pytest.raises(ConfigError) as fault:
+        convert(document | {key: value}, cloud="1.16")
+    assert fault.value.key in ("modules.enabled", "edged.hostname-override", "edgehub.controller.node-id")
