@@ -91,6 +91,14 @@ _REPLY: Final = int(Priority.REPLY)
 _REQUEST: Final = int(Priority.REQUEST)
 
 
+def close_context() -> None:
+    """At the end of a process: wait until the last frames (BYE) are out, LINGER_MS at the most.
+
+    pyzmq leaves its context to the interpreter's exit, which does not wait for sockets that linger.
+    """
+    zmq.Context.instance().destroy(linger=LINGER_MS)
+
+
 class Receipt(msgspec.Struct, eq=False):
     """What became of one message; await it, or look.
 

@@ -23,7 +23,7 @@ from collections.abc import Set as AbstractSet
 from typing import ClassVar, Final, NoReturn
 
 from runtime import locks, logs, memory
-from runtime.client import Bus
+from runtime.client import Bus, close_context
 from runtime.config import NodeConfig, load
 from runtime.errors import ConfigError, EdgezmqError, Fenced, HelloRefused, NameTaken
 from runtime.exits import stopped_status
@@ -128,6 +128,7 @@ def _serve(module: Module, node: NodeConfig, home: Home) -> int:
         # The edge of the process: what nobody expected is logged, and supervisord starts a fresh one.
         log.error("module failed", exc_info=faults)
         status = EXIT_ERROR
+    close_context()
     return status
 
 

@@ -411,8 +411,6 @@ def trailing_fields(stage: ModuleStage) -> Script:
     stage.is_attached = False
     stage.say(emp.WHO, stage.epoch, *later)
     yield from stage.answer(mark, "no HELLO in answer to a WHO with further fields", "HELLO/1")
-    stage.welcome()
-    stage.manners.welcomes = True
     yield from stage.left_alone()
 
 
@@ -438,6 +436,7 @@ def wide(stage: ModuleStage) -> Script:
     stage.referee.welcomed(stage.session)
     fields = [stage.epoch, stage.session, stage.generation, stage.heartbeat_ms, False, list(LIMITS)]
     stage.tell(stage.connection, emp.WELCOME, wire.packed_wide(fields))
+    stage.manners.welcomes = True
     yield from stage.until(lambda: stage.pinged, "no PING after a WELCOME in wide encoding")
     assert stage.pinged is not None
     stage.tell(stage.connection, emp.PONG, wire.packed_wide([stage.pinged.header.nonce]))

@@ -183,6 +183,7 @@ class ModuleStage(Stage):
         if seen.verb == "HELLO/1":
             self.hello = seen.header
             self.greeted_at = self.mark
+            self.pinged = None
             self.connection = end
             self._strangers.discard(end)
             self.is_attached = False
@@ -212,6 +213,8 @@ class ModuleStage(Stage):
 
     def welcome(self, *more: Any, epoch: bytes | None = None, limits: Sequence[int] | None = None) -> None:
         """A new session. `more`: fields of a later version."""
+        # From here on a HELLO that was on its way already is answered too: its sender takes itself for attached.
+        self.manners.welcomes = True
         self.session += 1
         self.epoch = epoch or self.epoch
         if limits is not None:

@@ -43,8 +43,8 @@ def failures(results: list[Result]) -> list[tuple[Any, ...]]:
     return [(result.check.name, result.why, *result.frames, result.log) for result in results if result.outcome == FAIL]
 
 
-def left_out(results: list[Result]) -> set[str]:
-    return {result.check.name for result in results if result.outcome == NOT_APPLICABLE}
+def left_out(results: list[Result]) -> dict[str, str]:
+    return {result.check.name: result.why for result in results if result.outcome == NOT_APPLICABLE}
 
 
 def named(*names: str) -> list[Check]:
