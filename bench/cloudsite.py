@@ -45,7 +45,9 @@ class Site:
 
     directory: Path
     transport: str
-    ports: Mapping[str, int]
+    port: int
+    "Where the hub listens for this transport."
+    control_port: int
     cloud: Child
     broker: Child
     edgehub: Child
@@ -53,7 +55,7 @@ class Site:
 
     def ask(self, path: str, body: bytes | None = None) -> Any:
         """cloudsim's answer. Raises ChildFailed."""
-        request = urllib.request.Request(f"http://127.0.0.1:{self.ports['control_port']}{path}", data=body)
+        request = urllib.request.Request(f"http://127.0.0.1:{self.control_port}{path}", data=body)
         try:
             with urllib.request.urlopen(request, timeout=30) as answer:
                 return json.load(answer)
@@ -61,17 +63,11 @@ class Site:
             raise ChildFailed(f"cloudsim at {path}: {fault}") from fault
 
     @property
-    def port(self) -> int:
-        """Where the hub listens for this transport."""
-        return self.ports["port" if self.transport == WSS else "quic_port"]
-
-    @property
     def pids(self) -> list[int]:
         return [child.pid for child in (self.cloud, self.broker, self.edgehub)]
 
     def credentials(self, node: str) -> dict[str, str]:
-        pki = self.directory / "cloud"
-        return {"ca": str(pki / "ca.crt"), "certificate": str(pki / f"{node}.crt"), "key": str(pki / f"{node}.key")}
+        return _credentials(self.directory, node)
 
 
 @contextmanager
@@ -90,29 +86,35 @@ def site(directory: Path, transport: str) -> Iterator[Site]:
                 log=directory / "cloudsim.log",
             )
         )
+        ports = ready_line(cloud)
+        port = int(ports["port" if transport == WSS else "quic_port"])
         home = Home(directory / "home")
         home.prepare()
-        around = Site(directory, transport, ready_line(cloud), cloud, cloud, cloud, home)
-        store(_configuration(around), home)
+        store(_configuration(_credentials(directory, NODE), transport, port), home)
         env = {"EDGEZMQ_HOME": str(home.path), "EDGEZMQ_BUS": ""}
-        started = {
-            name: stack.enter_context(Child([sys.executable, "-m", module], env=env, log=directory / f"{name}.log"))
-            for name, module in (("broker", "runtime.broker"), ("edgehub", "modules.edgehub"))
-        }
-        around = Site(directory, transport, around.ports, cloud, started["broker"], started["edgehub"], home)
+        broker, edgehub = (
+            stack.enter_context(Child([sys.executable, "-m", module], env=env, log=directory / f"{module}.log"))
+            for module in ("runtime.broker", "modules.edgehub")
+        )
+        around = Site(directory, transport, port, int(ports["control_port"]), cloud, broker, edgehub, home)
         _wait_served(around)
         yield around
 
 
-def _configuration(around: Site) -> NodeConfig:
-    credentials, server = around.credentials(NODE), f"127.0.0.1:{around.port}"
+def _credentials(directory: Path, node: str) -> dict[str, str]:
+    pki = directory / "cloud"
+    return {"ca": str(pki / "ca.crt"), "certificate": str(pki / f"{node}.crt"), "key": str(pki / f"{node}.key")}
+
+
+def _configuration(credentials: Mapping[str, str], transport: str, port: int) -> NodeConfig:
+    server = f"127.0.0.1:{port}"
     hub = EdgeHubSection(
         message_qps=0,
         tls_ca_file=credentials["ca"],
         tls_cert_file=credentials["certificate"],
         tls_private_key_file=credentials["key"],
-        websocket=WebsocketSection(enable=around.transport == WSS, server=server),
-        quic=QuicSection(enable=around.transport == QUIC, server=server),
+        websocket=WebsocketSection(enable=transport == WSS, server=server),
+        quic=QuicSection(enable=transport == QUIC, server=server),
     )
     return NodeConfig(node_name=NODE, edge_hub=hub)
 
@@ -121,7 +123,7 @@ def _wait_served(around: Site) -> None:
     deadline = time.monotonic() + SERVED_SECONDS
     while not around.ask("/health")["served"]:
         if not around.edgehub.is_alive() or time.monotonic() > deadline:
-            log = (around.directory / "edgehub.log").read_text(errors="replace")[-2000:]
+            log = (around.directory / "modules.edgehub.log").read_text(errors="replace")[-2000:]
             raise ChildFailed(f"the link is not served over {around.transport}\n{log}")
         time.sleep(POLL_SECONDS)
 
