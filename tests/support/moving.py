@@ -1,4 +1,6 @@
-"""A node whose local address changes under it, in a network of its own (`unshare -n python -m tests.support.moving DIR`).
+"""A node whose local address changes under it, in a network of its own.
+
+    unshare -n python -m tests.support.moving DIR
 
 Prints one line: the addresses that the cloud saw, the number of links, the uploads that arrived.
 """
