@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from modules.edgehub.session import LinkState
-from runtime.emp import Priority
+from runtime.emp import REPLY, Priority
 from runtime.exposition import (
     LINK_STATES,
     MAX_LANES,
@@ -194,7 +194,10 @@ def test_its_tables_are_those_of_the_code_they_speak_of() -> None:
     for priority in Priority:
         room = BrokerRoom(declared={"a": [], "b": []})
         peer, other = room.peer("a"), room.peer("b")
-        peer.send("b", 1, priority=priority, requester=other.incarnation)
+        as_reply: dict[str, Any] = (
+            {"flags": REPLY, "requester": other.incarnation} if priority is Priority.REPLY else {}
+        )
+        peer.send("b", 1, priority=priority, **as_reply)
         assert f'priority="{priority.name.lower()}"' in render(facts(room.core.statistics(room.now)))
     assert DATA == Priority.DATA
 
