@@ -22,7 +22,7 @@ MOSQUITTO := $(shell PATH="$$PATH:/usr/sbin:/usr/local/sbin" command -v mosquitt
 MQTT_BROKER := $(if $(MOSQUITTO),,amqtt)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv amqtt demo up down status test lint types soak fuzz chaos bench bench-peers clean
+.PHONY: help venv amqtt demo up down status test examples lint types soak fuzz chaos bench bench-peers clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -81,6 +81,9 @@ status: $(VENV)/.stamp-run ## What the node in .state does
 
 test: $(VENV)/.stamp-dev ## All tests
 	@$(PY) -m pytest $(ARGS)
+
+examples: $(VENV)/.stamp-run ## Build the modules in other languages and test them; ARGS="go c"
+	@$(PY) examples/run.py $(ARGS)
 
 lint: $(VENV)/.stamp-dev ## ruff: style and common faults
 	@$(PY) -m ruff check . $(ARGS)
