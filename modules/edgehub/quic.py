@@ -59,6 +59,10 @@ _READ_DATAGRAMS: Final = 64
 "In one turn of the loop; then others have their turn."
 _SOCKET_BYTES: Final = 2**20
 "Kernel buffers, each way: a burst of the other side must not be lost here."
+_HINT: Final = "KubeEdge's released CloudHub does not speak QUIC version 1: docs/edgehub.md"
+_SILENCE_SECONDS: Final = 7.0
+"""For the first datagram of an answer: the fifth repetition of ours is on its way then, and the pauses between them
+double. A new dial is quicker to find a cloud that has come back than the sixth or seventh."""
 _ADDRESS_SECONDS: Final = 2.0
 "For the first answer of one address, before the next one of the same name is tried."
 _MOVE_PAUSE_SECONDS: Final = 1.0
@@ -156,6 +160,7 @@ class QuicLink:
         self._control = PackageReader(_CONTROL_BYTES)
         self._headers_id = ""
         self._opened: asyncio.Future[None] | None = None
+        self._is_heard = False
         self._answered: asyncio.Future[None] | None = None
         self._lanes: dict[Class, _Lane] = {}
         self._idle_streams: deque[int] = deque()  # message streams that the cloud opened and we do not write on
@@ -200,10 +205,7 @@ class QuicLink:
                 await opening
         except TimeoutError as fault:
             self._abort()
-            raise LinkLost(
-                f"{endpoint}: no link within {self._config.handshake_seconds:g} s (KubeEdge's released CloudHub does "
-                "not speak QUIC version 1: docs/edgehub.md)"
-            ) from fault
+            raise LinkLost(f"{endpoint}: no link within {self._config.handshake_seconds:g} s ({_HINT})") from fault
         except (OSError, Unreachable) as fault:
             self._abort()
             raise LinkLost(f"{endpoint}: {_explain(fault)}") from fault
@@ -235,7 +237,17 @@ class QuicLink:
         self._loop.add_reader(self._socket, self._turn, self._read)
         self._quic.connect(self._peer, now=self._loop.time())
         self._transmit()
-        await self._opened
+        silence = self._loop.call_later(_SILENCE_SECONDS, self._turn, self._give_up_silent)
+        try:
+            await self._opened
+        finally:
+            silence.cancel()
+
+    def _give_up_silent(self) -> None:
+        if not self._is_heard:
+            self._lose(
+                LinkLost(f"{self._peer[0]} port {self._peer[1]}: no answer within {_SILENCE_SECONDS:g} s ({_HINT})")
+            )
 
     def _open_socket(self, family: int) -> socket.socket:
         """A socket that the kernel binds to the local address which leads to the peer."""
@@ -366,6 +378,7 @@ class QuicLink:
         try:
             for _ in range(_READ_DATAGRAMS):
                 take(receive(_MAX_DATAGRAM_BYTES), self._peer, now)
+                self._is_heard = True
                 self._refusals.clear()
         except BlockingIOError:
             pass

@@ -161,6 +161,22 @@ def test_a_port_that_is_silent_is_given_up_in_time(tmp_path: Path) -> None:
     run(scenario())
 
 
+def test_a_dial_that_nothing_answers_is_given_up_before_its_repetitions_become_rare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modules.edgehub.quic._SILENCE_SECONDS", 0.3)
+
+    async def scenario() -> None:
+        hub = QuicHub(Authority(tmp_path), polite)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+            silent.bind(("127.0.0.1", 0))
+            hub.port = silent.getsockname()[1]
+            with pytest.raises(LinkLost, match=r"no answer within 0.3 s .*does not speak QUIC version 1"):
+                await opened(hub, handshake_seconds=3600.0)
+
+    run(scenario())
+
+
 @pytest.mark.parametrize(
     ("setting", "content", "words"),
     [
