@@ -263,6 +263,18 @@ def conform(
     )
 
 
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="What it is called on the bus.")],
+    lang: Annotated[str, typer.Option(help="c, go, java, javascript, python or rust.")] = "python",
+    directory: Annotated[Optional[Path], typer.Option(help="Default: ./NAME.", show_default=False)] = None,  # noqa: UP045
+) -> None:
+    """Make a module of your own from the example in its language (of a checkout of edgezmq)."""
+    from runtime.cli import scaffolding as command
+
+    command.make(name, lang, directory)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def demo(context: typer.Context) -> None:
     """Run the demonstration: a node, a simulated cloud, MQTT traffic, and two kills (`edgezmq demo --help`)."""
