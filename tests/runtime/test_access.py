@@ -194,7 +194,7 @@ def test_a_requests_answer_passes_the_policy_and_nothing_else_does() -> None:
     asker, answerer = room.peer("asker"), room.peer("answerer")
     asker.send("answerer", 1, priority=REQUEST, flags=emp.EXPECTS_REPLY)
     (delivered,) = answerer.take(emp.DELIVER)
-    answerer.send("asker", 1, priority=REPLY, requester=delivered.incarnation)
+    answerer.send("asker", 1, priority=REPLY, flags=emp.REPLY, requester=delivered.incarnation)
     answerer.send("asker", 1, priority=DATA)
     assert [header.priority for header in asker.take(emp.DELIVER)] == [REPLY]
     assert [header.exceptions for header in answerer.take(emp.SETTLED)] == [[(1, "denied", None)]]
