@@ -326,11 +326,6 @@ class Rig:
             self._start_mqtt(waits=False)
             self._start_node()
 
-    def wake(self) -> None:
-        """supervisord looks once a second by itself; nothing here may depend on being asked, so only for the end."""
-        with contextlib.suppress(SupervisorError):
-            self.supervisor.state()
-
     def close(self) -> None:
         for pid in self.node_pids() if self.home.run.is_dir() else []:
             with contextlib.suppress(ProcessLookupError):

@@ -97,7 +97,7 @@ def run_cell(cell: Cell, rig: Rig, load: Load, rates: tuple[float, float], chanc
     harm = cell.harm
     deaths = len(rig.mqtt_deaths)
     refused_before = sum(map(rig.control.refused, shimmed(cell.victim)))
-    gave_up_before = dict(rig.life())
+    life_before = dict(rig.life())
     load.begin_cell()
     load.latencies.clear()
     load.set_rates(*rates, others=True)
@@ -159,7 +159,7 @@ def run_cell(cell: Cell, rig: Rig, load: Load, rates: tuple[float, float], chanc
     result.is_settled = settled_at is not None
     result.is_clean = result.is_settled and recovered is not None and rig.is_whole()
     _count(result, rig, load, harm_at, max(over_at, recovered or over_at), rig.mqtt_deaths[deaths:])
-    result.life = {event: count - gave_up_before.get(event, 0) for event, count in rig.life().items()}
+    result.life = {event: count - life_before.get(event, 0) for event, count in rig.life().items()}
     if cell.victim not in PAIR_CARRIERS:
         window = [took for at, took in load.latencies if harm_at <= at <= until]
         result.disturbed = window
