@@ -134,8 +134,10 @@ def _stop_and_replace(scene: Scene) -> None:
 
 
 def _continue_and_let_go(scene: Scene) -> None:
+    watchdog = scene.stopped.pop()  # it would abort what it takes for hung, before that can end by itself
     _continue(scene)
     scene.pause(1.0)  # the fenced one ends, supervisord starts the third, which takes over from the second
+    os.kill(watchdog, signal.SIGCONT)
     if scene.spare is not None:
         scene.spare.kill()
         scene.spare.wait()

@@ -80,6 +80,8 @@ class Result:
     "Everything that was accepted had arrived, or had a reason not to, and nothing was on its way any more."
     is_clean: bool = False
     "The rig may serve another cell."
+    again: list[Result] = field(default_factory=list)
+    "The same cell run once more: its latencies count beside these, and so does all that it lost or did not show."
 
     @property
     def total(self) -> Counts:
@@ -351,6 +353,7 @@ def measure_capacity(rig: Rig, load: Load, seconds: float) -> tuple[float, float
 def as_json(result: Result, ratio: float | None, p99_ms: float | None) -> dict[str, Any]:
     """One object of `cells`. A cell that did not run has null for every number."""
     total = result.total
+    runs = (result, *result.again)
     head: dict[str, Any] = {"victim": result.victim, "harm": result.harm, "ran": result.ran}
     if not result.ran:
         names = ("sent", "arrived", "stored", "lost", "duplicated", "recovery_s", "unrelated_p99_ratio")
@@ -360,7 +363,7 @@ def as_json(result: Result, ratio: float | None, p99_ms: float | None) -> dict[s
         "accepted": total.accepted,
         "arrived": total.arrived,
         "stored": total.stored,
-        "lost": total.lost,
+        "lost": sum(each.total.lost for each in runs),
         "lost_by_mqtt_broker": total.lost_by_mqtt,
         "commands_lost_in_flight": total.cut,
         "commands_unanswered": result.unanswered,
@@ -381,7 +384,8 @@ def as_json(result: Result, ratio: float | None, p99_ms: float | None) -> dict[s
         "unrelated_failed": result.pair_failed,
         "refused": result.refused,
         "flows": {name: asdict(counts) for name, counts in result.flows.items()},
-        "misses": result.misses,
+        "misses": [miss for each in runs for miss in each.misses]
+        + [f"did not run again: {each.why_not}" for each in result.again if not each.ran],
         "notes": result.notes,
         "seconds": round(result.seconds, 1),
     }
