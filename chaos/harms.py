@@ -281,4 +281,7 @@ def cells_of(link: str) -> Sequence[Cell]:
     """What can be done where the cloud is reached by `link`."""
     if link != QUIC:
         return CELLS
-    return *CELLS, Cell("link", LOSSY)
+    # No packet tells that a way for UDP is gone: edgehub finds out by silence, and stores what waits only then.
+    slower = replace(DISK_FULL_OFFLINE, hold_seconds=(9.0, 10.0))
+    cells = [replace(cell, harm=slower) if cell.harm is DISK_FULL_OFFLINE else cell for cell in CELLS]
+    return *cells, Cell("link", LOSSY)
