@@ -23,9 +23,8 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import zmq
 
@@ -51,8 +50,7 @@ SEND_HWM: Final = 100_000
 SOCKET_MODE: Final = 0o660
 
 
-@dataclass(frozen=True, slots=True)
-class Listener:
+class Listener(NamedTuple):
     """One endpoint of the bus."""
 
     endpoint: str
