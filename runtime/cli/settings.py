@@ -92,5 +92,6 @@ def parse(path: Path) -> object:
         raise ConfigError(str(path), f"{len(data)} bytes", f"at most {MAX_FILE_BYTES} bytes")
     try:
         return yaml.load(data, _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as fault:
+    # PyYAML lets through what its conversions raise: a 13th month, `!!int ""`, `!!bool maybe`.
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as fault:
         raise ConfigError(str(path), " ".join(str(fault).split()), "YAML") from fault
