@@ -66,7 +66,9 @@ def test_a_huge_file_is_not_even_parsed(tmp_path: Path) -> None:
         settings.read(file)
 
 
-@pytest.mark.parametrize("text", ["d: 2001-00-01", 'a: !!int ""', "a: !!bool maybe", "a: !!float x", "a: !!timestamp x"])
+@pytest.mark.parametrize(
+    "text", ["d: 2001-00-01", 'a: !!int ""', "a: !!bool maybe", "a: !!float x", "a: !!timestamp x"]
+)
 def test_a_value_that_yaml_itself_cannot_convert_is_a_fault_of_the_file(tmp_path: Path, text: str) -> None:
     path = tmp_path / "edgecore.yaml"
     path.write_text(text)
