@@ -12,12 +12,12 @@ from typing import Final, Protocol
 
 import msgspec
 
+from runtime import emp
 from runtime.names import is_group
 
 ANY: Final = "*"
 "As a destination: every module and every group."
-REPLY: Final = 0
-"emp.Priority.REPLY"
+REPLY: Final = int(emp.Priority.REPLY)
 
 
 class Credentials(msgspec.Struct, frozen=True):

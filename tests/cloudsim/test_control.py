@@ -105,7 +105,7 @@ def test_events_are_streamed_from_a_number_on(tmp_path: Path) -> None:
             _, events = await ask(sim, "GET", f"/events?since={seq}&follow=0")
             assert [event["message"]["header"]["msg_id"] for event in events] == ["m4"]
             following = asyncio.create_task(ask(sim, "GET", f"/events?since={seq + 1}&limit=1"))
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # for the question to be waiting there; either order passes
             await node.send(frame(1, message(id="later")))
             _, events = await following
             assert events[0]["message"]["header"]["msg_id"] == "later"

@@ -261,12 +261,12 @@ def test_keepalives_keep_the_session_and_nothing_else_does(tmp_path: Path) -> No
     async def scenario() -> None:
         async with quic_cloud(tmp_path, keepalive_seconds=0.4) as sim, quic_served(sim) as node:
             for _ in range(4):
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(0.2)  # half of the keepalive limit
                 node.write(4, quic_message("keepalive", "node", source="websocket", group="resource"))
             assert sim.is_served("edge-a")
             while not (node.stops or node.ended):
                 node.write(4, quic_message())
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.05)  # a pace of sending, until the session ends
             ended = await node.wait(lambda: node.ended)
             assert (ended.error_code, ended.frame_type, node.resets) == (0, None, {4: 1})
             assert reasons(sim) == ["no keepalive in time"]

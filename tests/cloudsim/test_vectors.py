@@ -968,7 +968,7 @@ async def zombie(vector: Vector, directory: Path) -> None:
         )
         assert without_chance(await node.message()) == without_chance(vector.value["control_ping"])
         await node.barrier()
-        await asyncio.sleep(0.25)
+        await asyncio.sleep(0.25)  # time for an answer to come, if there were one
         await node.barrier()
         assert (vector.value["k8s_ca_query"], vector.value["own_node_query"]) == (None, None)
 

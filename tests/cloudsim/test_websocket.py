@@ -180,7 +180,7 @@ def test_a_silent_node_is_dropped_without_a_close_frame(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with cloud(tmp_path, keepalive_seconds=0.3) as sim, served(sim) as node:
             begun = time.monotonic()
-            await asyncio.sleep(0.15)
+            await asyncio.sleep(0.15)  # half of the keepalive limit
             await node.send(KEEPALIVE_FRAME)
             assert await node.ends()
             assert 0.4 < time.monotonic() - begun < DEADLINE

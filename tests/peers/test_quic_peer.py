@@ -91,7 +91,7 @@ async def is_served(hub: EdgeHub) -> None:
 async def connections(peer: GoHub, count: int) -> None:
     """Wait until the peer has had so many."""
     while (await peer.ask("/state"))["connections"] < count:
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.02)  # a pace of asking
 
 
 async def kick(peer: GoHub) -> None:
@@ -164,7 +164,7 @@ def test_the_peers_objects_are_acknowledged_once_they_are_handled(program: Path,
             first, *others = await peer.send(NODE, **OBJECT, count=20)
             await until(lambda: bus.sent_to(META), "the first object")
             while (await peer.delivery(first))["attempts"] < 3:  # the peer asks again and again, in vain
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.05)  # a pace of asking
             assert [message.id for message in bus.sent_to(META)] == [first], "handed on once"
             assert not (await peer.delivery(first))["acked"]
             bus.slow.clear()
@@ -172,7 +172,7 @@ def test_the_peers_objects_are_acknowledged_once_they_are_handled(program: Path,
                 sent.receipt.settle()
             await until(lambda: len(bus.sent_to(META)) == 20, "all objects")
             while not (await peer.delivery(others[-1]))["acked"]:
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.05)  # a pace of asking
             assert [message.json() for message in bus.sent_to(META)] == [{"data": {"n": str(n)}} for n in range(20)]
             assert all([(await peer.delivery(each))["attempts"] == 1 for each in others])
 

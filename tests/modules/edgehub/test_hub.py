@@ -161,7 +161,7 @@ class SlowCloud(FakeCloud):
     async def work(self) -> None:
         sent = 0
         while True:
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.001)  # the pace of this cloud's work
             while self.links and self.answered < len(self.link.barriers):
                 size = sum(map(len, self.link.written)) - sent
                 sent += size
@@ -315,7 +315,7 @@ def test_a_question_is_settled_by_its_answer_and_the_answer_acknowledged() -> No
             deferral = await hand_over(hub, asked, priority=Priority.REQUEST, expects_reply=True)
             assert deferral is not None
             await until(lambda: asked.id in [m.id for m in cloud.written()], "the question")
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.02)  # time for a wrong settlement to show
             assert deferral.outcome is None, "a pong is no answer"
             answer = configmap("c", operation="response", parent=asked.id)
             cloud.link.down(answer)

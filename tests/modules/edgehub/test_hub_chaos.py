@@ -94,7 +94,7 @@ def test_a_random_schedule_loses_nothing_and_keeps_order(seed: int) -> None:
             sending = asyncio.create_task(send())
             for step in range(STEPS):
                 world.step(bus)
-                await asyncio.sleep(0.001 if step % 10 == 0 else 0)
+                await asyncio.sleep(0.001 if step % 10 == 0 else 0)  # now and then real time passes
 
             def finished() -> bool:
                 index = len(world.cloud.links) - 1
@@ -134,7 +134,7 @@ def test_an_ack_never_goes_up_before_its_object_was_handled() -> None:
                 world.step(bus)
                 handled |= {s.message.id for s in bus.sent if s.receipt.settled and s.receipt.refusal is None}
                 assert set(acks(world.cloud)) <= handled
-                await asyncio.sleep(0.001 if step % 10 == 0 else 0)
+                await asyncio.sleep(0.001 if step % 10 == 0 else 0)  # now and then real time passes
             assert handled
 
     run(scenario())

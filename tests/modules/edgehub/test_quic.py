@@ -197,7 +197,7 @@ def test_the_cloud_is_not_read_while_modules_hold_up_what_comes(tmp_path: Path) 
             seen = -1
             while link._inbox_bytes != seen:
                 seen = link._inbox_bytes
-                await asyncio.sleep(0.3)
+                await asyncio.sleep(0.3)  # until nothing more comes in
             assert seen < 4 * 2**20, "15 MB did not go into memory"
             bus.slow.clear()
             for sent in list(bus.sent):
