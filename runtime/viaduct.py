@@ -19,7 +19,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
 from runtime.errors import EdgezmqError, InvalidMessage, MalformedMessage
-from runtime.message import BYTES, JSON, Message
+from runtime.message import BYTES, Message, payload_of
 
 MESSAGES: Final = b"msg"
 "Use type of a stream that carries messages."
@@ -208,7 +208,6 @@ def _message_class() -> Any:
 
 
 _Message: Final[Any] = _message_class()
-_decode_text = msgspec.json.Decoder(str).decode
 
 
 def encode_message(message: Message) -> bytes:
@@ -232,26 +231,11 @@ def encode_message(message: Message) -> bytes:
         router.group = message.group
         router.operation = message.operation
         router.resource = message.resource
-        body.content = _content(message)
+        body.content = payload_of(message)
         payload: bytes = body.SerializeToString()
     except (ValueError, UnicodeError) as fault:
         raise InvalidMessage(f"no viaduct message: {fault}") from fault
     return payload
-
-
-def _content(message: Message) -> bytes:
-    """Bytes and text as they are, a JSON string as the text it holds, null as nothing, other values as JSON."""
-    content = message.content
-    if message.kind != JSON:
-        return content
-    if content == b"null":
-        return b""
-    if content[:1] == b'"':
-        try:
-            return _decode_text(content).encode()
-        except (msgspec.DecodeError, UnicodeError):  # a lone surrogate
-            return content
-    return content
 
 
 def decode_message(payload: bytes) -> Message:

@@ -20,7 +20,7 @@ import msgspec
 from modules.eventbus.topics import CONNECTION_STATE, Semantics, auth_info_topic, is_filter, is_topic, route
 from runtime.emp import DENIED, FAILED, INVALID, TOO_LARGE, UNROUTABLE
 from runtime.errors import EdgezmqError
-from runtime.message import BYTES, JSON, TEXT, Kind, Message, content_as_json, new_id
+from runtime.message import BYTES, JSON, TEXT, Kind, Message, content_as_json, new_id, payload_of
 from runtime.names import Group
 
 SOURCE: Final = "bus"
@@ -351,24 +351,6 @@ def _publish_inner(message: Message) -> Command:
         return _publish(_decode_topic(inner).topic, inner)
     except _JSON_FAULTS as fault:
         return Reject(f'message: expected {{"message": {{"topic": TEXT, ...}}}}: {fault}')
-
-
-def payload_of(message: Message) -> bytes:
-    """The MQTT payload for a content: bytes and text as they are, a JSON value as its text.
-
-    A JSON string is the text it holds, and null is no payload, as both are over KubeEdge's QUIC transport.
-    """
-    content = message.content
-    if message.kind != JSON:
-        return content
-    if content == b"null":
-        return b""
-    if content[:1] == b'"':
-        try:
-            return str(_decode_any(content)).encode()
-        except (*_JSON_FAULTS, UnicodeEncodeError):
-            return content
-    return content
 
 
 def json_of(message: Message) -> bytes:

@@ -24,13 +24,12 @@ from modules.eventbus.bridge import (
     Unsubscribe,
     Uplink,
     json_of,
-    payload_of,
     read_command,
     refusal_of,
 )
 from modules.eventbus.topics import HUB, TWIN, Semantics
 from runtime.emp import REASONS
-from runtime.message import BYTES, JSON, TEXT, Message, encode_content
+from runtime.message import BYTES, JSON, TEXT, Message, encode_content, payload_of
 
 HEAD, Y2019 = Semantics.HEAD, Semantics.Y2019
 
