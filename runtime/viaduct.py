@@ -19,7 +19,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
 from runtime.errors import EdgezmqError, InvalidMessage, MalformedMessage
-from runtime.message import BYTES, Message, payload_of
+from runtime.message import BYTES, JSON, Message, payload_of
 
 MESSAGES: Final = b"msg"
 "Use type of a stream that carries messages."
