@@ -21,6 +21,8 @@ QUIET = """
   eventBus: {enable: false}
 runtime: {metrics: {enable: false}}
 """
+PAUSE = 0.04
+"Seconds between uploads: below messageQPS (30 a second), else they pile up for as long as a rotation takes."
 LIFETIME = 10
 "Seconds: a process has to start, ask and end in the last third of it, on a machine that does other things."
 
@@ -58,7 +60,7 @@ def test_a_node_joins_from_a_token_and_an_address_and_loses_nothing_through_rota
                 while not rotating.done():
                     message = upload(len(sent))
                     sent.append((message.id, await bus.send(Group("hub"), message)))
-                    await asyncio.sleep(0.01)
+                    await asyncio.sleep(PAUSE)
                 await rotating
             for _, receipt in sent:
                 await receipt
