@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-import runtime
 from runtime.cli import settings
 from runtime.config import NodeConfig, store
 from runtime.errors import AlreadyRunning, ConfigError, EdgezmqError
 from runtime.home import IPC_PATH_LIMIT, Home, find_home
 from runtime.locks import SUPERVISOR_PID_VARIABLE, hold, holder, holders
+from runtime.shipped import shipped
 from runtime.supervisord import SHUTDOWN_STATE, Program, Supervisor, SupervisorError, SupervisorFault
 
 NODE_LOCK: Final = "node"
@@ -209,20 +209,14 @@ def check_path_lengths(home: Home, config: NodeConfig) -> None:
 def find_supervisord_conf() -> Path:
     """The shipped supervisord.conf, or the one that EDGEZMQ_SUPERVISORD_CONF names. Raises NodeError."""
     named = os.environ.get(CONF_VARIABLE)
-    candidates = (
-        [Path(named)]
-        if named
-        else [
-            Path(runtime.__file__).resolve().parent.parent / "supervisord.conf",
-            Path(sys.prefix) / "share" / "edgezmq" / "supervisord.conf",
-        ]
-    )
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    raise NodeError(
-        f"no supervisord.conf: {' and '.join(map(str, candidates))} not there; {CONF_VARIABLE} names another"
-    )
+    if named:
+        if Path(named).is_file():
+            return Path(named)
+        raise NodeError(f"{CONF_VARIABLE} is {named}: no such file")
+    try:
+        return shipped("supervisord.conf")
+    except FileNotFoundError as fault:
+        raise NodeError(f"{fault}; {CONF_VARIABLE} may name another") from None
 
 
 # --- down -----------------------------------------------------------------------------------------

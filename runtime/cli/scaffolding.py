@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Final
 
 from runtime.errors import EdgezmqError
+from runtime.shipped import shipped
 
-EXAMPLES: Final = Path(__file__).resolve().parents[2] / "examples"
-"Beside the packages, in a checkout."
 _NAME: Final = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 MAX_NAME: Final = 64
 
@@ -105,9 +104,10 @@ def renamed(text: str, template: Template, name: str) -> str:
     return re.sub(rf"\b{re.escape(template.name)}\b", name, text)
 
 
-def scaffold(name: str, language: str, directory: Path, examples: Path = EXAMPLES) -> list[Path]:
+def scaffold(name: str, language: str, directory: Path, examples: Path | None = None) -> list[Path]:
     """Write the module `name` into `directory`, which must not be there; returns its files.
 
+    `examples`: another place for the templates than the one they are shipped in.
     Raises CannotScaffold, and OSError when it cannot be written.
     """
     if len(name) > MAX_NAME or _NAME.fullmatch(name) is None:
@@ -117,9 +117,10 @@ def scaffold(name: str, language: str, directory: Path, examples: Path = EXAMPLE
     template = TEMPLATES.get(language)
     if template is None:
         raise CannotScaffold(f"{language!r} is no language of ours; there are {', '.join(sorted(TEMPLATES))}")
-    source = examples / template.directory
-    if not source.is_dir():
-        raise CannotScaffold(f"{source} is not there: the templates are the examples of a checkout of edgezmq")
+    try:
+        source = shipped(template.directory, [examples or shipped("examples")])
+    except FileNotFoundError as fault:
+        raise CannotScaffold(f"no template: {fault}") from None
     if directory.exists():
         raise CannotScaffold(f"{directory} is there already")
     texts = {

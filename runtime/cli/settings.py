@@ -13,6 +13,7 @@ from runtime.config import NodeConfig
 from runtime.edgecore import from_edgecore
 from runtime.errors import ConfigError, EdgezmqError
 from runtime.home import Home
+from runtime.shipped import shipped
 
 CONFIG_VARIABLE: Final = "EDGEZMQ_CONFIG"
 KUBEEDGE_FILE: Final = Path("/etc/kubeedge/config/edgecore.yaml")
@@ -56,9 +57,13 @@ def find(named: Path | None, home: Home, environ: Mapping[str, str] = os.environ
     for candidate in (home.path / "edgecore.yaml", KUBEEDGE_FILE):
         if candidate.is_file():
             return candidate
+    try:
+        example = str(shipped("edgecore.example.yaml"))
+    except FileNotFoundError:
+        example = "edgecore.example.yaml"
     raise NoConfiguration(
         f"no configuration: neither {home.path / 'edgecore.yaml'} nor {KUBEEDGE_FILE} is there. "
-        f"Copy edgecore.example.yaml to the first and fill in your cloud, or name a file with --config. "
+        f"Copy {example} to the first and fill in your cloud, or name a file with --config. "
         "To try things out without a cloud: edgezmq demo"
     )
 
