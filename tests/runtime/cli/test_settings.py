@@ -23,7 +23,7 @@ def test_the_file_is_the_named_one_then_the_environments_then_the_homes(tmp_path
 
 def test_without_any_file_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "KUBEEDGE_FILE", tmp_path / "none")
-    with pytest.raises(NoConfiguration, match=r"Copy edgecore\.example\.yaml .* edgezmq demo"):
+    with pytest.raises(NoConfiguration, match=r"Copy .*edgecore\.example\.yaml .* edgezmq demo"):
         settings.find(None, Home(tmp_path), {})
 
 
