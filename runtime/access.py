@@ -48,6 +48,15 @@ class Pace:
         self._bytes = bytes
         self._at: float | None = None
 
+    def set_rates(self, other: Pace) -> None:
+        """Take the rates of `other`; what is owed stays owed."""
+        for rate, account in (("_messages_rate", "_messages"), ("_bytes_rate", "_bytes")):
+            before, after = getattr(self, rate), getattr(other, rate)
+            # An account that was without limit is no debt: it begins full.
+            left = getattr(self, account) if before else after
+            setattr(self, rate, after)
+            setattr(self, account, min(left, after))
+
     def due_at(self, now: float) -> float:
         """When the next batch may go: `now` or later."""
         since = 0.0 if self._at is None else max(0.0, now - self._at)

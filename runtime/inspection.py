@@ -138,6 +138,11 @@ class Inspection:
         if ended:
             self._rebuild()
 
+    def forget_all(self) -> None:
+        """Who may ask has changed: whoever still may asks again within the lease."""
+        self._streams.clear()
+        self._rebuild()
+
     def _rebuild(self) -> None:
         self.taps = [(key[0], key[1], stream) for key, stream in self._streams.items() if stream.op == "tap"]
 

@@ -14,13 +14,13 @@ name with its mailbox, which is its outlets; its *incarnation* is the process th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from runtime import emp
-from runtime.access import Access, Credentials, Open
+from runtime.access import Access, Credentials, Open, Pace
 from runtime.errors import MalformedFrame
 from runtime.inspection import Inspection
 from runtime.message import split_batch
@@ -60,7 +60,7 @@ class Life(NamedTuple):
 
     name: str
     event: str
-    "attached, back, silent, gone or fenced."
+    "attached, back, silent, gone, fenced or denied."
     pid: int
     credentials: Credentials
 
@@ -126,6 +126,8 @@ class RoutingCore:
         self.epoch = epoch
         self.limits = limits or BrokerLimits()
         self._access = access or Open()
+        self._closed: frozenset[int] = frozenset()  # sockets that configuration has given up
+        self._paces: dict[str, Pace] = {}  # of names with a quota; they outlive a module that is let go and comes back
         self._session = session_base
         self._started = now
         self._grace_until: float | None = now + self.limits.grace_seconds
@@ -219,6 +221,82 @@ class RoutingCore:
         module.absent_since = now
         self._event(module, "gone", pid, now)
 
+    def adopt(
+        self,
+        access: Access,
+        declared: Mapping[str, Iterable[str]],
+        now: float,
+        closed: Collection[int] = (),
+    ) -> None:
+        """Take another policy and other declarations over. `closed`: the sockets that are given up with it.
+
+        What was accepted before goes on to its receivers. A module that may no longer be who it is gets REFUSED with
+        the reason and WHO; what waits for it stays, for as long as for any module that is away.
+        """
+        self._now = now
+        self._access = access
+        self._closed |= frozenset(closed)
+        # Those who still may ask for a stream renew it within the lease.
+        self.inspection.forget_all()
+        for incarnation in list(self._peers.values()):
+            why = self._refusal(incarnation.peer, incarnation.name, incarnation.groups, incarnation.credentials)
+            if why is not None:
+                self._dismiss(incarnation, why, now)
+        wanted = {name: frozenset(groups) for name, groups in declared.items()}
+        for name, groups in wanted.items():
+            if name not in self._modules:
+                self._modules[name] = self._new_module(name, groups, now, declared=True)
+        for module in self._modules.values():
+            is_attached = module.holder is not None and module.holder.attached
+            if module.declared and module.name not in wanted and not is_attached:
+                module.absent_since = now
+            module.declared = module.name in wanted
+            before = module.groups
+            said = module.holder.groups if module.holder is not None and is_attached else frozenset()
+            module.groups = said | wanted.get(module.name, frozenset())
+            if is_attached and module.groups - before:
+                self._deliver_retained(module, now, module.groups - before)
+            self._set_pace(module, now)
+
+    def _refusal(self, peer: Peer | None, name: str, groups: Iterable[str], credentials: Credentials) -> str | None:
+        if peer is not None and peer[0] in self._closed:
+            return "this endpoint is no longer one of the node's"
+        return self._access.refuse_hello(name, tuple(groups), credentials)
+
+    def _dismiss(self, incarnation: Incarnation, why: str, now: float) -> None:
+        """Its name is no longer for it: say so, and ask WHO, for REFUSED to the HELLO that follows ends a module."""
+        peer, module = incarnation.peer, incarnation.module
+        assert peer is not None
+        self._refuse_frame(peer, emp.HELLO_DENIED, why)
+        self._ask(peer)
+        if module.holder is incarnation:
+            module.holder = None
+        self._drop_empty_lanes(incarnation)
+        self.life.append(Life(module.name, "denied", incarnation.pid, incarnation.credentials))
+        shown = self.inspection.presence(module.name, "gone", incarnation.pid, now)
+        self._out.extend(Out(*each) for each in shown)
+
+    def _set_pace(self, module: Module, now: float) -> None:
+        module.pace = self._pace_of(module.name)
+        if module.pace is None:
+            while module.paced:
+                self._route_batch(*module.paced.popleft(), now)
+        if module.paced:
+            self.paced_until = now  # a larger quota counts from here on
+
+    def _pace_of(self, name: str) -> Pace | None:
+        """One account for each name: whoever leaves and comes back has no more for it."""
+        fresh = self._access.pace(name)
+        known = self._paces.get(name)
+        if fresh is None:
+            self._paces.pop(name, None)
+        elif known is None:
+            self._paces[name] = fresh
+        else:
+            known.set_rates(fresh)
+            return known
+        return fresh
+
     def expire(self, now: float) -> None:
         """Time has passed: silent modules, absent ones, the grace after the start, expired messages."""
         self._now = now
@@ -279,7 +357,7 @@ class RoutingCore:
                 peer, emp.BAD_HEADER, f"HELLO/1: generation {hello.generation} is above {MAX_GENERATION}"
             )
             return
-        why = self._access.refuse_hello(hello.name, tuple(hello.groups), credentials)
+        why = self._refusal(peer, hello.name, hello.groups, credentials)
         if why is not None:
             self._refuse_frame(peer, emp.HELLO_DENIED, why)
             return
@@ -378,7 +456,7 @@ class RoutingCore:
 
     def _new_module(self, name: str, groups: frozenset[str], now: float, *, declared: bool = False) -> Module:
         module = Module(name, declared=declared, groups=groups, now=now)
-        module.pace = self._access.pace(name)
+        module.pace = self._pace_of(name)
         return module
 
     def _fence(self, holder: Incarnation, generation: int, now: float) -> None:
@@ -666,7 +744,8 @@ class RoutingCore:
         self.paced_until = math.inf
         for sender in waiting:
             pace = sender.pace
-            assert pace is not None
+            if pace is None:
+                continue  # a new policy has let them go
             due = now
             while sender.paced and (due := pace.due_at(now)) <= now:
                 lane, batch = sender.paced.popleft()
@@ -1244,13 +1323,13 @@ class RoutingCore:
             source = self._sources[name] = Incarnation(module, self.epoch + number, 0)
         return source
 
-    def _deliver_retained(self, module: Module, now: float) -> None:
-        """Give a process that has just come the last version of what its groups retain.
+    def _deliver_retained(self, module: Module, now: float, groups: frozenset[str] | None = None) -> None:
+        """Give a process that has just come the last version of what its groups (or only `groups`) retain.
 
         They come on lanes of the broker's own, with the source's name and an incarnation made of epoch and number.
         """
         for (name, destination, _), kept in self._retained.items():
-            if group_name(destination) not in module.groups:
+            if group_name(destination) not in (module.groups if groups is None else groups):
                 continue
             lane = module.store_lanes.get((name, destination))
             if lane is None:

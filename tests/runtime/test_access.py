@@ -198,3 +198,125 @@ def test_a_requests_answer_passes_the_policy_and_nothing_else_does() -> None:
     answerer.send("asker", 1, priority=DATA)
     assert [header.priority for header in asker.take(emp.DELIVER)] == [REPLY]
     assert [header.exceptions for header in answerer.take(emp.SETTLED)] == [[(1, "denied", None)]]
+
+
+# --- a policy that changes ------------------------------------------------------------------------------
+
+
+def granted(**grants: object) -> Rule:
+    return Rule(uids=frozenset({0}), destinations=frozenset({ANY}), **grants)  # type: ignore[arg-type]
+
+
+def test_who_may_no_longer_be_a_name_is_told_and_what_waits_for_it_stays() -> None:
+    declared = {"pump": (), "sink": ()}
+    room = BrokerRoom(declared=declared, access=policy(0, pump=granted()))
+    pump, sink = room.peer("pump"), room.peer("sink")
+    sink.send("pump", 1, 2)
+    assert len(pump.take(emp.DELIVER)) == 1
+    pump.send("sink", 1)
+    room.core.adopt(policy(0, pump=Rule(uids=frozenset({1001}))), declared, room.now)
+    room.settle()
+    assert [(refused.code, refused.text) for refused in pump.take(emp.REFUSED)] == [
+        (emp.HELLO_DENIED, "uid 0 may not be 'pump'")
+    ]
+    assert len(pump.take(emp.WHO)) == 1
+    pump.hello()
+    assert [refused.code for refused in pump.take(emp.REFUSED)] == [emp.HELLO_DENIED]
+    assert room.status("pump")["queued"] == 2  # given back to the mailbox
+    assert [header.sender for header in sink.ack_all()] == ["pump"]  # what it had handed over goes on
+    room.core.adopt(policy(0, pump=granted()), declared, room.now)
+    heir = room.peer("pump")  # at once: the name is free
+    assert [header.count for header in heir.take(emp.DELIVER)] == [2]
+
+
+def test_a_group_that_is_no_longer_granted_ends_the_membership() -> None:
+    declared = {"pump": ("twin",), "sink": ()}
+    room = BrokerRoom(declared=declared, access=policy(0, pump=granted(groups=frozenset({"twin"}))))
+    pump, sink = room.peer("pump", groups=["twin"]), room.peer("sink")
+    room.core.adopt(policy(0, pump=granted()), {"pump": (), "sink": ()}, room.now)
+    room.settle()
+    assert "may not be in twin" in pump.take(emp.REFUSED)[0].text
+    sink.send("@twin", 1)
+    assert [header.exceptions for header in sink.take(emp.SETTLED)] == [[(1, emp.UNROUTABLE, None)]]
+
+
+def test_a_destination_that_is_taken_away_is_denied_from_the_next_batch_on() -> None:
+    room = BrokerRoom(access=policy(0, pump=granted()))
+    pump, sink = room.peer("pump"), room.peer("sink")
+    pump.send("sink", 1)
+    room.core.adopt(policy(0, pump=Rule(uids=frozenset({0}))), {}, room.now)
+    pump.send("sink", 2)
+    assert [header.first for header in sink.ack_all()] == [1]
+    assert room.status("pump")["refused"] == {"denied": 1}
+    assert not pump.take(emp.REFUSED)
+    assert not pump.take(emp.WHO)  # it stays attached
+
+
+def test_a_quota_changes_in_place_and_what_is_owed_stays_owed() -> None:
+    room = BrokerRoom(access=policy(0, pump=granted(messages_per_second=10)))
+    pump, sink = room.peer("pump"), room.peer("sink")
+    for number in range(1, 41):
+        pump.send("sink", number)
+    assert len(sink.ack_all()) == 11
+    room.core.adopt(policy(0, pump=granted(messages_per_second=100)), {}, room.now)
+    room.pass_time(0.1)
+    assert 9 <= len(sink.ack_all()) <= 11
+    room.core.adopt(policy(0, pump=granted()), {}, room.now)
+    room.settle()
+    assert len(sink.ack_all()) == 40 - 11 - 10
+    assert room.status("pump")["paced"] == 0
+
+
+def test_a_module_that_is_newly_declared_has_its_messages_wait_and_one_that_is_no_more_is_let_go_in_time() -> None:
+    room = BrokerRoom(access=policy(0), absent_limit_seconds=10.0)
+    sink = room.peer("sink")
+    room.core.adopt(policy(0), {"pump": ("twin",)}, room.now)
+    sink.send("@twin", 1)
+    room.pass_time(60)
+    assert room.status("pump")["queued"] == 1
+    sink.hello()
+    sink.take(emp.SETTLED)
+    room.core.adopt(policy(0), {}, room.now)
+    room.pass_time(9)
+    assert room.status("pump")["queued"] == 1
+    room.pass_time(2)
+    assert [header.exceptions for header in sink.take(emp.SETTLED)] == [[(1, emp.GONE, "pump")]]
+
+
+def test_a_tap_ends_with_the_policy_that_admitted_it() -> None:
+    room = BrokerRoom(access=policy(0))
+    spy, sink, other = room.peer("spy"), room.peer("sink"), room.peer("other")
+    spy.put(emp.ADMIN, emp.Admin(1, "tap"))
+    assert len(spy.take(emp.ADMIN)) == 1
+    room.core.adopt(policy(7, spy=granted(), other=granted()), {}, room.now)
+    other.send("sink", 1)
+    spy.put(emp.ADMIN, emp.Admin(1, "tap"))
+    assert not spy.take(emp.ADMIN)
+    assert spy.take(emp.REFUSED)[-1].code == emp.DENIED
+    assert sink.take(emp.REFUSED)[0].code == emp.HELLO_DENIED  # it has no rule, and is not the broker's own user
+
+
+def test_an_endpoint_that_is_given_up_tells_whom_it_held() -> None:
+    room = BrokerRoom(access=policy(0, pump=granted()))
+    pump = room.peer("pump")
+    room.core.adopt(policy(0, pump=granted()), {}, room.now, closed=[0])
+    room.settle()
+    assert "no longer" in pump.take(emp.REFUSED)[0].text
+    pump.hello()
+    assert pump.take(emp.REFUSED)[0].code == emp.HELLO_DENIED
+
+
+# --- what a hostile module tries -------------------------------------------------------------------------
+
+
+def test_leaving_and_coming_back_gives_no_fresh_quota() -> None:
+    room = BrokerRoom(access=policy(0, pump=granted(messages_per_second=10)))
+    sink = room.peer("sink")
+    came = 0
+    for _ in range(20):
+        pump = room.peer("pump")
+        for number in range(1, 31):
+            pump.send("sink", number)
+        pump.put(emp.BYE, emp.Bye(True))
+        came += len(sink.ack_all())
+    assert came <= 11
