@@ -17,23 +17,23 @@ import faulthandler
 import gc
 import logging
 import os
-import pwd
 import select
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import zmq
 
 from runtime import emp, locks, logs, memory, zap
-from runtime.access import Access, Credentials, Open, Policy, Rule
+from runtime.access import Access, Credentials
 from runtime.config import NodeConfig, load
-from runtime.errors import ConfigError, EdgezmqError
+from runtime.errors import EdgezmqError
 from runtime.exits import stopped_status
 from runtime.home import Home, find_home
+from runtime.policy import admitted_keys, make_access, mark_of, tell, uids_of
 from runtime.routing import BrokerLimits, Life, Out, RoutingCore
 from runtime.routing_state import Peer
 from runtime.sockets import is_readable, receive_routed, send_routed
@@ -48,6 +48,8 @@ AFTER_STALL_SECONDS: Final = 0.25
 SEND_HWM: Final = 100_000
 "Frames queued for one peer. Windows keep a sane peer far below; one that reaches it is cut off and asked who it is."
 SOCKET_MODE: Final = 0o660
+LEAVE_SECONDS: Final = 2.0
+"For modules to learn why, before an endpoint that configuration has given up is closed."
 
 
 class Listener(NamedTuple):
@@ -65,10 +67,20 @@ class Listener(NamedTuple):
     "The user whom that file is given to; -1: it stays ours."
 
 
+class NewPolicy(NamedTuple):
+    """What a running broker may be given in place of what it began with."""
+
+    access: Access
+    declared: Mapping[str, Iterable[str]]
+    listeners: Sequence[Listener]
+    admitted: frozenset[str]
+
+
 class Broker:
     """Binds `listeners` and serves until `stop`. Every frame a peer sends is answered or handled by the core.
 
-    `admitted`: the CURVE public keys (Z85) that may connect over tcp.
+    `admitted`: the CURVE public keys (Z85) that may connect over tcp. `renew` is called in a turn of its own after
+    `ask_renewal`, and gives the policy to `adopt`.
     """
 
     def __init__(
@@ -78,11 +90,16 @@ class Broker:
         *,
         max_frame_bytes: int,
         admitted: frozenset[str] = frozenset(),
+        renew: Callable[[Broker], None] | None = None,
     ) -> None:
         self._core = core
+        self._max_frame_bytes = max_frame_bytes
+        self._renew = renew
+        self._renewal_asked = False
         self._context = zmq.Context(io_threads=1)
-        self._sockets: list[zmq.Socket[bytes]] = []
-        self._names = [listener.name for listener in listeners]
+        self._listeners: list[Listener] = []
+        self._sockets: list[zmq.Socket[bytes] | None] = []  # by a peer's number; None: given up and closed
+        self._ending: dict[int, float] = {}  # given up, and closed at that time
         self._admitted = admitted
         self._zap: zmq.Socket[bytes] | None = None
         self._poll = select.epoll()
@@ -92,18 +109,24 @@ class Broker:
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._poll.register(self._wake_read, select.EPOLLIN)
         try:
-            if any(listener.secret_key for listener in listeners):
-                self._zap = self._context.socket(zmq.REP)
-                self._zap.setsockopt(zmq.LINGER, 0)
-                self._zap.bind(zap.ENDPOINT)
-                self._poll.register(int(self._zap.getsockopt(zmq.FD)), select.EPOLLIN)
             for listener in listeners:
-                self._sockets.append(self._bind(listener, max_frame_bytes))
-        except zmq.ZMQError:
+                self._sockets.append(self._bind(listener))
+                self._listeners.append(listener)
+        except (zmq.ZMQError, OSError):
             self.close()
             raise
 
-    def _bind(self, listener: Listener, max_frame_bytes: int) -> zmq.Socket[bytes]:
+    def _open_zap(self) -> None:
+        """Before the first socket with CURVE is bound: libzmq asks from then on."""
+        if self._zap is None:
+            self._zap = self._context.socket(zmq.REP)
+            self._zap.setsockopt(zmq.LINGER, 0)
+            self._zap.bind(zap.ENDPOINT)
+            self._poll.register(int(self._zap.getsockopt(zmq.FD)), select.EPOLLIN)
+
+    def _bind(self, listener: Listener) -> zmq.Socket[bytes]:
+        if listener.secret_key:
+            self._open_zap()
         socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         # A ROUTER drops what it cannot route and says nothing; with this option send raises
         # EHOSTUNREACH instead (zmq_setsockopt(3)) and the core keeps the message.
@@ -112,19 +135,19 @@ class Broker:
         socket.setsockopt(zmq.SNDHWM, SEND_HWM)
         socket.setsockopt(zmq.BACKLOG, 1024)
         # libzmq cuts the connection of a peer that sends more; well above what we answer with `too-large`.
-        socket.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
+        socket.setsockopt(zmq.MAXMSGSIZE, self._max_frame_bytes)
         if listener.secret_key:
             socket.setsockopt(zmq.CURVE_SERVER, 1)
             socket.setsockopt_string(zmq.CURVE_SECRETKEY, listener.secret_key)
             socket.setsockopt_string(zmq.ZAP_DOMAIN, "edgezmq")
             # Where the ZAP handler does not answer, nobody comes in (zmq_setsockopt(3)).
             socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
-        socket.bind(listener.endpoint)
-        if listener.endpoint.startswith("ipc://"):
-            path = listener.endpoint.removeprefix("ipc://")
-            if listener.owner >= 0:
-                os.chown(path, listener.owner, -1)
-            os.chmod(path, listener.mode)
+        try:
+            socket.bind(listener.endpoint)
+            _give(listener)
+        except (zmq.ZMQError, OSError):
+            socket.close(linger=0)
+            raise
         self._poll.register(int(socket.getsockopt(zmq.FD)), select.EPOLLIN)
         return socket
 
@@ -134,9 +157,68 @@ class Broker:
         with contextlib.suppress(BlockingIOError):
             os.write(self._wake_write, b"x")
 
+    def ask_renewal(self) -> None:
+        """Have `renew` called soon. May be called from a signal handler."""
+        self._renewal_asked = True
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wake_write, b"x")
+
+    def adopt(self, policy: NewPolicy) -> None:
+        """Take a policy over as a whole. Raises zmq.ZMQError, OSError: then all is as it was.
+
+        Who comes through an endpoint that it gives up is told, and cut off after LEAVE_SECONDS.
+        """
+        present = {
+            _place(listener): index
+            for index, listener in enumerate(self._listeners)
+            if self._sockets[index] is not None and index not in self._ending
+        }
+        wanted = {_place(listener): listener for listener in policy.listeners}
+        for index in list(self._ending):
+            if _place(self._listeners[index]) in wanted:
+                self._close(index)  # its address is needed again
+        changed = [
+            index
+            for place, index in present.items()
+            if wanted.get(place, self._listeners[index]) != self._listeners[index]
+        ]
+        bound = len(self._sockets)
+        try:
+            for place, listener in wanted.items():
+                if place not in present:
+                    self._sockets.append(self._bind(listener))
+                    self._listeners.append(listener)
+            for index in changed:
+                _give(wanted[_place(self._listeners[index])])
+        except (zmq.ZMQError, OSError):
+            for index in range(bound, len(self._sockets)):
+                _remove(self._listeners[index])
+                self._close(index)
+            for index in changed:
+                with contextlib.suppress(OSError):
+                    _give(self._listeners[index])
+            raise
+        for index in changed:
+            self._listeners[index] = wanted[_place(self._listeners[index])]
+        given_up = [index for place, index in present.items() if place not in wanted]
+        now = time.monotonic()
+        for index in given_up:
+            _remove(self._listeners[index])
+            self._ending[index] = now + LEAVE_SECONDS
+        self._admitted = policy.admitted
+        self._core.adopt(policy.access, policy.declared, now, given_up)
+
+    def _close(self, index: int) -> None:
+        socket, self._sockets[index] = self._sockets[index], None
+        self._ending.pop(index, None)
+        if socket is not None:
+            self._poll.unregister(int(socket.getsockopt(zmq.FD)))
+            socket.close(linger=0)
+
     def close(self) -> None:
         for socket in self._sockets:
-            socket.close(linger=0)
+            if socket is not None:
+                socket.close(linger=0)
         if self._zap is not None:
             self._zap.close(linger=0)
         self._context.term()
@@ -157,8 +239,17 @@ class Broker:
                 # We were stopped. What our peers sent meanwhile is still on its way through libzmq.
                 deadline = max(deadline, now + AFTER_STALL_SECONDS)
             drained = True
+            if self._renewal_asked:
+                self._renewal_asked = False
+                if self._renew is not None:
+                    self._renew(self)
+            if self._ending:
+                for index in [index for index, due in self._ending.items() if due <= now]:
+                    self._close(index)
             busy = self._zap is not None and self._admit()
             for index, socket in enumerate(self._sockets):
+                if socket is None:
+                    continue
                 messages = self._read(index, socket)
                 busy = busy or messages > 0
                 drained = drained and messages < TURN_MESSAGES
@@ -196,7 +287,7 @@ class Broker:
         """Give the core what has come, at most TURN_MESSAGES; how many it was."""
         core = self._core
         clock = time.monotonic
-        name = self._names[index]
+        name = self._listeners[index].name
         count = 0
         while count < TURN_MESSAGES and is_readable(socket):
             routing_id, frames, last = receive_routed(socket)
@@ -217,8 +308,12 @@ class Broker:
 
     def _send(self, out: Out, now: float) -> None:
         socket_index, routing_id = out.peer
+        socket = self._sockets[socket_index]
+        if socket is None:
+            self._core.lost(out.peer, now)
+            return
         try:
-            send_routed(self._sockets[socket_index], routing_id, out.frames)
+            send_routed(socket, routing_id, out.frames)
         except zmq.Again:
             log.warning("peer does not read, cut off after frames=%d", SEND_HWM)
             self._core.lost(out.peer, now)
@@ -241,7 +336,7 @@ class Broker:
     def _note(self) -> None:
         life, self._core.life = self._core.life, []
         for event in life:
-            level = logging.WARNING if event.event in ("silent", "fenced") else logging.INFO
+            level = logging.WARNING if event.event in ("silent", "fenced", "denied") else logging.INFO
             log.log(level, "%s module=%s pid=%d", event.event, event.name, event.pid)
             if event.event in ("attached", "back"):
                 self._watch(event)
@@ -257,6 +352,26 @@ class Broker:
             return
         self._watched[fd] = (event.name, pid)
         self._poll.register(fd, select.EPOLLIN)
+
+
+def _place(listener: Listener) -> tuple[str, str, str]:
+    """What a socket is bound for; mode and owner of its file can change while it is."""
+    return listener.endpoint, listener.name, listener.secret_key
+
+
+def _give(listener: Listener) -> None:
+    """Open an ipc socket's file to those whom it is for."""
+    if listener.endpoint.startswith("ipc://"):
+        path = listener.endpoint.removeprefix("ipc://")
+        if listener.owner >= 0 or os.geteuid() == 0:
+            os.chown(path, listener.owner if listener.owner >= 0 else os.geteuid(), -1, follow_symlinks=False)
+        os.chmod(path, listener.mode)
+
+
+def _remove(listener: Listener) -> None:
+    """Nobody is to come that way any more."""
+    if listener.endpoint.startswith("ipc://"):
+        Path(listener.endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
 
 
 def _credentials(frame: zmq.Frame, socket_name: str = "") -> Credentials:
@@ -307,38 +422,6 @@ def make_core(config: NodeConfig, now: float) -> RoutingCore:
     )
 
 
-def make_access(config: NodeConfig) -> Access:
-    """Who may do what, as `runtime.policy` says. Raises ConfigError for a user that this host does not know."""
-    policy = config.runtime.policy
-    if not policy.enable:
-        return Open()
-    declared = config.declared_modules()
-    return Policy(
-        {
-            name: Rule(
-                uids=frozenset(_uid(name, user) for user in rule.users),
-                keys=frozenset(rule.keys),
-                groups=frozenset(declared.get(name, ())),
-                destinations=frozenset(rule.to),
-                has_own_socket=rule.own_socket,
-                messages_per_second=rule.messages_per_second,
-                bytes_per_second=rule.bytes_per_second,
-            )
-            for name, rule in policy.modules.items()
-        },
-        own_uid=os.geteuid(),
-    )
-
-
-def _uid(name: str, user: str | int) -> int:
-    if isinstance(user, int):
-        return user
-    try:
-        return pwd.getpwnam(user).pw_uid
-    except KeyError as fault:
-        raise ConfigError(f"runtime.policy.modules.{name}.users", user, "a user of this host, or a uid") from fault
-
-
 def listeners(config: NodeConfig, home: Home, endpoint: str) -> list[Listener]:
     """The endpoints of the bus: `endpoint`, those of the network, and the sockets that are one module's own.
 
@@ -352,11 +435,11 @@ def listeners(config: NodeConfig, home: Home, endpoint: str) -> list[Listener]:
         pair = keys.load_or_make(home.curve, keys.BROKER)
         log.info("keys public=%s fingerprint=%s", pair.public, zap.fingerprint(pair.public))
         found += [Listener(address, secret_key=pair.secret) for address in config.runtime.bus.listen]
-    own = [(name, rule) for name, rule in policy.modules.items() if policy.enable and rule.own_socket]
+    own = [name for name, rule in policy.modules.items() if policy.enable and rule.own_socket]
     if own:
         home.open_own_sockets()
-    for name, rule in own:
-        uids = {_uid(name, user) for user in rule.users}
+    for name in own:
+        uids = uids_of(config, name)
         # Without root the file cannot be given away: anybody may open it then, and HELLO tells who it is.
         is_given = os.geteuid() == 0 and len(uids) == 1
         found.append(
@@ -364,10 +447,40 @@ def listeners(config: NodeConfig, home: Home, endpoint: str) -> list[Listener]:
                 f"ipc://{home.own_socket(name)}",
                 name,
                 mode=0o600 if is_given or uids == {os.geteuid()} else 0o666,
-                owner=uids.pop() if is_given else -1,
+                owner=next(iter(uids)) if is_given else -1,
             )
         )
     return found
+
+
+class Renewal:
+    """Reads run/node.json again and gives the broker its policy, unless it is the one in force or a faulty one."""
+
+    def __init__(self, config: NodeConfig, home: Home, endpoint: str) -> None:
+        self._mark = mark_of(config)
+        self._home = home
+        self._endpoint = endpoint
+
+    def __call__(self, broker: Broker) -> None:
+        fault = ""
+        try:
+            config = load(self._home.path)
+            mark = mark_of(config)
+            if mark != self._mark:
+                broker.adopt(
+                    NewPolicy(
+                        make_access(config),
+                        config.declared_modules(),
+                        listeners(config, self._home, self._endpoint),
+                        admitted_keys(config),
+                    )
+                )
+                self._mark = mark
+                log.info("policy taken over mark=%s rules=%d", mark, len(config.runtime.policy.modules))
+        except (EdgezmqError, zmq.ZMQError, OSError) as why:
+            fault = str(why)
+            log.error("policy not taken over, the one before stays: %s", fault)
+        tell(self._home, "broker", self._mark, fault)
 
 
 def serve(config: NodeConfig, home: Home, *, endpoint: str | None = None) -> None:
@@ -378,15 +491,18 @@ def serve(config: NodeConfig, home: Home, *, endpoint: str | None = None) -> Non
         if endpoint.startswith("ipc://"):
             Path(endpoint.removeprefix("ipc://")).parent.mkdir(mode=0o750, parents=True, exist_ok=True)
         core = make_core(config, time.monotonic())
-        admitted = frozenset(key for rule in config.runtime.policy.modules.values() for key in rule.keys)
         broker = Broker(
             core,
             listeners(config, home, endpoint),
             max_frame_bytes=2 * config.runtime.broker.message_bytes + 2**20,
-            admitted=admitted,
+            admitted=admitted_keys(config),
+            renew=Renewal(config, home, endpoint),
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: broker.stop())
+        signal.signal(signal.SIGHUP, lambda *_: broker.ask_renewal())
+        # A policy that was written between our reading and the signal's handler would be missed.
+        broker.ask_renewal()
         log.info("serving endpoint=%s epoch=%s", endpoint, core.epoch.hex())
         memory.settle()
         gc.set_threshold(20_000, 20, 50)

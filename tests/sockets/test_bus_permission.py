@@ -87,7 +87,8 @@ def test_a_socket_of_its_own_is_the_only_way_in_for_its_module(tmp_path: Path) -
 
 @pytest.mark.skipif(ME != 0, reason="needs root, to be two users")
 def test_another_user_gets_its_own_name_through_its_own_socket_and_nothing_else(tmp_path: Path) -> None:
-    from runtime.broker import listeners, make_access
+    from runtime.broker import listeners
+    from runtime.policy import make_access
 
     nobody = pwd.getpwnam("nobody").pw_uid
     # pytest's own directories are closed to other users.
