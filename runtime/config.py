@@ -437,7 +437,7 @@ def load(home: Path | None = None) -> NodeConfig:
 
 
 def store(config: NodeConfig, home: Home) -> None:
-    """Write `run/node.json` (mode 0600, for it may hold a password) in one step. Raises OSError."""
+    """Write `run/node.json` (closed to others, for it may hold a password) in one step. Raises OSError."""
     path = home.node_json
     scratch = path.with_suffix(".tmp")
     scratch.unlink(missing_ok=True)
@@ -446,4 +446,9 @@ def store(config: NodeConfig, home: Home) -> None:
         file.write(msgspec.json.format(msgspec.json.encode(config), indent=2))
         file.flush()
         os.fsync(file.fileno())
+        # Root writes it for a node that runs as the user or the group to whom `run` belongs (docs/isolation.md).
+        if os.geteuid() == 0:
+            owner = home.run.stat()
+            os.fchown(file.fileno(), owner.st_uid, owner.st_gid)
+            os.fchmod(file.fileno(), 0o640 if owner.st_gid else 0o600)
     scratch.replace(path)

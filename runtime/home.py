@@ -5,6 +5,7 @@
     data/  each module's own files
     pki/   CA, certificate and key, where we make them; curve/ has keys for the bus over tcp
     bus/   sockets that are one module's own, where policy wants such
+    homes/ of modules that run as users of their own: each has in it a home like this one
 
 Two nodes may run on one machine with two homes.
 """
@@ -103,10 +104,24 @@ class Home:
 
     def open_own_sockets(self) -> None:
         """Make their directory, and let other users pass through to it; they can list nothing. Raises OSError."""
-        directory = self.path / "bus"
+        self._open(self.path / "bus")
+
+    def own_home(self, name: str) -> Path:
+        """The home of a module that runs as a user of its own, who cannot enter this one."""
+        return self.path / "homes" / name
+
+    def open_own_homes(self) -> None:
+        """Make their directory, and let other users pass through to it. Raises OSError."""
+        self._open(self.path / "homes")
+
+    def _open(self, directory: Path) -> None:
+        """Others may pass through `directory` and list nothing. What is so already may belong to somebody else."""
         directory.mkdir(mode=0o711, exist_ok=True)
-        directory.chmod(0o711)
-        self.path.chmod(self.path.stat().st_mode | 0o001)
+        if directory.stat().st_mode & 0o777 != 0o711:
+            directory.chmod(0o711)
+        mode = self.path.stat().st_mode
+        if not mode & 0o001:
+            self.path.chmod(mode | 0o001)
 
     def lock(self, name: str) -> Path:
         return self.run / f"{name}.lock"

@@ -20,6 +20,9 @@ from runtime.errors import AlreadyRunning
 SUPERVISOR_PID_VARIABLE: Final = "EDGEZMQ_SUPERVISOR_PID"
 "Set by `edgezmq up`: whose death ends the supervised processes."
 
+HELD_VARIABLE: Final = "EDGEZMQ_HELD_LOCK"
+"A lock that this process held already when it was another program: its pid, the descriptor, and the file's path."
+
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 
 
@@ -48,13 +51,35 @@ class Lock:
         self.release()
 
 
-def hold(path: Path, *, inheritable: bool = False) -> Lock:
-    """Take the lock at `path` and write our pid into it.
+def hold(
+    path: Path, *, inheritable: bool = False, read_only: bool = False, environ: Mapping[str, str] = os.environ
+) -> Lock:
+    """Take the lock at `path` and write our pid into it; one that this process took before an exec is ours already.
 
-    `inheritable` keeps it over an exec, for a process that becomes another program.
+    `inheritable` keeps it over an exec, for a process that becomes another program; `read_only` leaves a descriptor
+    with which that program cannot write the file.
     Raises AlreadyRunning (path, pid of the holder) at once, OSError when the file cannot be made.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    held = environ.get(HELD_VARIABLE, "").split(":", 2)
+    if held[0] == str(os.getpid()) and held[2:] == [str(path)]:
+        return Lock(path, int(held[1]))
+    # Not through a link: a directory that several users write to is not to choose the file.
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
+    _take(fd, path)
+    # A full disk must not keep a process down: the lock is what counts, the number is for people.
+    with contextlib.suppress(OSError):
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+    if read_only:
+        os.close(fd)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        _take(fd, path)
+    os.set_inheritable(fd, inheritable)
+    return Lock(path, fd)
+
+
+def _take(fd: int, path: Path) -> None:
+    """Closes `fd` when it does not get the lock."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as fault:
@@ -63,12 +88,19 @@ def hold(path: Path, *, inheritable: bool = False) -> Lock:
         if fault.errno in (errno.EWOULDBLOCK, errno.EACCES):
             raise AlreadyRunning(str(path), pid) from None
         raise
-    # A full disk must not keep a process down: the lock is what counts, the number is for people.
-    with contextlib.suppress(OSError):
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, b"%d\n" % os.getpid(), 0)
-    os.set_inheritable(fd, inheritable)
-    return Lock(path, fd)
+
+
+def held_text(lock: Lock) -> str:
+    """For `HELD_VARIABLE`, when this process is about to become another program."""
+    return f"{os.getpid()}:{lock.fileno()}:{lock.path}"
+
+
+def is_open_in(pid: int, path: Path) -> bool:
+    """Whether the process `pid` has the file open; False for one that is gone, or that we may not look into."""
+    try:
+        return any(os.readlink(entry) == str(path) for entry in os.scandir(f"/proc/{pid}/fd"))
+    except OSError:
+        return False
 
 
 def holder(path: Path) -> int | None:

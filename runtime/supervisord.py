@@ -88,6 +88,14 @@ class Supervisor:
             if fault.code != NOT_RUNNING:
                 raise
 
+    def signal(self, name: str, signal: str) -> None:
+        """Send a signal, such as ABRT, to the process of a program; does nothing when there is none."""
+        try:
+            self.call("supervisor.signalProcess", name, signal)
+        except SupervisorFault as fault:
+            if fault.code != NOT_RUNNING:
+                raise
+
     def reread(self) -> tuple[list[str], list[str], list[str]]:
         """Read the configuration again: groups added, changed and removed. Acts on none of them."""
         [[added, changed, removed]] = self.call("supervisor.reloadConfig")

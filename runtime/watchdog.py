@@ -25,7 +25,7 @@ from runtime.errors import AlreadyRunning
 from runtime.exits import exit_disabled
 from runtime.exposition import Facts, ProgramFacts, render
 from runtime.home import Home, bus_endpoint, find_home
-from runtime.lean import TYPING, without
+from runtime.lean import small_libraries
 from runtime.locks import die_with_parent, hold
 from runtime.memory import settle
 from runtime.metrics import MetricsServer, process_facts
@@ -45,7 +45,7 @@ from runtime.watching import (
     WatchSettings,
 )
 
-with without(*TYPING):
+with small_libraries():
     import zmq
 
 NAME: Final = "watchdog"
@@ -130,9 +130,9 @@ class Watchdog:
                     self._admin.ask_nowait("presence", {}, self._admin.new_request())
                 case Abort(program=program, pid=pid):
                     self._log_sizes[program] = _size(self._log_of(program))
-                    _signal(pid, signal.SIGABRT, to_group=False)
-                case Kill(program=_, pid=pid):
-                    _signal(pid, signal.SIGKILL, to_group=True)
+                    self._signal(program, pid, signal.SIGABRT, to_group=False)
+                case Kill(program=program, pid=pid):
+                    self._signal(program, pid, signal.SIGKILL, to_group=True)
                 case Start(program=program):
                     self._start(program)
                 case KeepTraceback(program=program):
@@ -150,6 +150,20 @@ class Watchdog:
         self._supervisor_answers = True
         seen = [Seen(program.name, program.state, program.pid) for program in programs]
         self._perform(self._core.programs(seen, now=time.monotonic()))
+
+    def _signal(self, program: str, pid: int, number: signal.Signals, *, to_group: bool) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            try:
+                if to_group and os.getpgid(pid) == pid:
+                    os.killpg(pid, number)
+                else:
+                    os.kill(pid, number)
+            except PermissionError:
+                # Another user's (docs/isolation.md): supervisord is root then, and reaches it.
+                try:
+                    self._supervisor.signal(program, number.name.removeprefix("SIG"))
+                except SupervisorError as fault:
+                    log("WARNING", f"signal failed program={program} signal={number.name} reason={fault}")
 
     def _start(self, program: str) -> None:
         try:
@@ -327,14 +341,6 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0
-
-
-def _signal(pid: int, number: signal.Signals, *, to_group: bool) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        if to_group and os.getpgid(pid) == pid:
-            os.killpg(pid, number)
-        else:
-            os.kill(pid, number)
 
 
 def log(level: str, text: str) -> None:

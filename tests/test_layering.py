@@ -38,6 +38,7 @@ RUNTIME_CORES = (
     "access",
     "backoff",
     "client_core",
+    "confine",
     "emp",
     "enrolment",
     "errors",

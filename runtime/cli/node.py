@@ -149,13 +149,16 @@ def what_is_missing(home: Home, config: NodeConfig) -> str:
             return f"{program.name} does not start: {program.detail} (edgezmq logs {program.name})"
     if any(program.state in ("STOPPED", "BACKOFF") for program in programs):
         return ", ".join(program.name for program in programs if program.state in ("STOPPED", "BACKOFF"))
-    from runtime.admin import AdminClient, BrokerSilent
+    from runtime.admin import AdminClient, AdminRefused, BrokerSilent
 
     try:
         with AdminClient(config.endpoint(home)) as admin:
             modules = admin.ask("status", timeout_seconds=0.2)["modules"]
     except BrokerSilent:
         return "broker"
+    except AdminRefused:
+        # We are root and the broker is not (docs/isolation.md): that it answers is all it tells us.
+        return ""
     attached = {module["name"] for module in modules if module["state"] == "attached"}
     ours = {"edgehub", "eventbus"} & config.declared_modules().keys()
     return ", ".join(sorted(ours - attached))
