@@ -14,9 +14,9 @@ from typing import Any, Final
 import msgpack
 
 from runtime.errors import EdgezmqError
-from runtime.lean import TYPING, without
+from runtime.lean import small_libraries
 
-with without(*TYPING):  # and without `runtime.libraries`: the watchdog has no use for msgspec
+with small_libraries():  # and without `runtime.libraries`: the watchdog has no use for msgspec
     import zmq
 
 _ADMIN: Final = b"ADMIN/1"

@@ -7,6 +7,7 @@ hashes. Where a process needs none of it, they are hidden while such a library i
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ TYPING: Final = ("typing_extensions",)
 "About 1 MiB in a process."
 TLS: Final = ("ssl", "_ssl", "_hashlib")
 "About 2.5 MiB: OpenSSL. asyncio imported without it cannot do TLS for the life of the process."
+COMPRESSION: Final = ("gzip", "zlib", "bz2", "lzma")
+"shutil and xmlrpc.client can do without."
 
 
 @contextmanager
@@ -34,17 +37,36 @@ def without(*names: str) -> Iterator[None]:
                 del modules[name]
 
 
-@contextmanager
-def absent(name: str) -> Iterator[None]:
-    """`import name` gives an empty module meanwhile, for a library that imports a part it then never uses.
+class _StandIn(types.ModuleType):
+    """In place of a module that nobody is likely to use; who asks for what it has not, gets it of the real one."""
 
-    One that is loaded already stays, and a later import outside is the real one.
+    def __getattr__(self, name: str) -> object:
+        if sys.modules.get(self.__name__) is self or name.startswith("__"):
+            raise AttributeError(f"{self.__name__} is not loaded, so it has no {name}")
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+@contextmanager
+def absent(name: str, **names: object) -> Iterator[None]:
+    """`import name` gives a module with nothing but `names` meanwhile, for a library that rarely uses that part.
+
+    The rest is loaded when it is used after all, but for what is used while importing. One that is loaded already
+    stays, and a later import outside is the real one.
     """
     if name in sys.modules:
         yield
         return
-    sys.modules[name] = types.ModuleType(name)
+    module = sys.modules[name] = _StandIn(name)
+    vars(module).update(names)
     try:
         yield
     finally:
-        del sys.modules[name]
+        if sys.modules.get(name) is module:
+            del sys.modules[name]
+
+
+@contextmanager
+def small_libraries() -> Iterator[None]:
+    """For importing msgspec and pyzmq: without typing_extensions, and pickle (0.3 MiB) only once somebody pickles."""
+    with without(*TYPING), absent("pickle", DEFAULT_PROTOCOL=4):
+        yield

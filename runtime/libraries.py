@@ -3,9 +3,9 @@
 Whoever imports one of them imports this first: what comes first decides how lean the process is.
 """
 
-from runtime.lean import TYPING, without
+from runtime.lean import small_libraries
 
-with without(*TYPING):
+with small_libraries():
     import msgspec
     import zmq
 

@@ -4,20 +4,40 @@ supervisord's loop waits up to a second for input of its children; a signal, a c
 when that second is over. Here a signal ends the wait (signal.set_wakeup_fd), so a program is started again, and the
 next one stopped, at once. Programs of the same priority are stopped together, not one after another.
 
-It listens on a unix socket only, so OpenSSL stays out of its memory; what its start leaves behind is given back.
+It listens on a unix socket only, and is nobody's client, so OpenSSL, HTTP's client and with it `email` stay out of its
+memory; what its start leaves behind is given back.
 """
 
 from __future__ import annotations
 
+import importlib
+import operator
 import os
 import select
 import signal
 from typing import Any
 
 from runtime import memory
-from runtime.lean import TLS, TYPING, without
+from runtime.lean import COMPRESSION, TLS, TYPING, absent, without
 
-with without(*TLS, *TYPING):
+
+class EntryPoint:
+    """All that supervisord needs of `importlib.metadata`: to load `module:name`, what makes an RPC interface."""
+
+    def __init__(self, name: None, value: str, group: None) -> None:
+        self._module, _, self._name = value.partition(":")
+
+    def load(self) -> Any:
+        return operator.attrgetter(self._name)(importlib.import_module(self._module))
+
+
+with (
+    without(*TLS, *TYPING, *COMPRESSION, "gettext"),
+    absent("http.client", HTTPConnection=object),  # the base of supervisorctl's connection
+    absent("html.entities", html5={}),  # for pages of HTML, of which nobody sees any
+    absent("importlib.metadata", EntryPoint=EntryPoint),
+    absent("importlib.resources", files=None),  # to find its sample configuration
+):
     from supervisor import poller, supervisord
 
 

@@ -49,11 +49,11 @@ async def open_tls(
     try:
         if config.proxy is None:
             connected = await connect(endpoint.host, endpoint.port)
-            await loop.create_connection(factory, sock=connected, ssl=context, server_hostname=name)
+            await loop.create_connection(factory, sock=connected, ssl=context, server_hostname=on_the_wire(name))
             return
         through = await _open_tunnel(config.proxy, endpoint, config)
         protocol = factory()
-        transport = await loop.start_tls(through, protocol, context, server_hostname=name)
+        transport = await loop.start_tls(through, protocol, context, server_hostname=on_the_wire(name))
         assert transport is not None
         protocol.connection_made(transport)
     except Unreachable as fault:
@@ -200,8 +200,13 @@ async def resolve(host: str, port: int, *, seconds: float = RESOLVE_SECONDS) -> 
         raise Unreachable(f"no answer from DNS about {host} within {seconds:g} s") from None
 
 
+def on_the_wire(host: str) -> Any:
+    """A host's name as socket and ssl take it. Of ASCII bytes, for of a str both ask the codec idna, which is large."""
+    return host.encode("ascii") if host.isascii() else host
+
+
 def _look_up(host: str, port: int, flags: int) -> list[Address]:
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+    found = socket.getaddrinfo(on_the_wire(host), port, type=socket.SOCK_STREAM, flags=flags)
     return [(family, where) for family, _, _, _, where in found]
 
 

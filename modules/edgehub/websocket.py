@@ -15,10 +15,6 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
-from websockets.client import ClientProtocol
-from websockets.protocol import State
-from websockets.uri import parse_uri
-
 from modules.edgehub import cloud, tls
 from modules.edgehub.config import EdgeHubConfig, Endpoint
 from modules.edgehub.dialling import open_tls
@@ -37,7 +33,13 @@ from modules.edgehub.frames import (
 )
 from modules.edgehub.link import LinkEvent, LinkLost, LinkRefused, Passed, Received, SkippedMessage
 from modules.edgehub.outbox import Class
+from runtime.lean import absent
 from runtime.message import to_cloud_json
+
+with absent("importlib.metadata"):  # 2 MiB, for the version of a websockets that is not released
+    from websockets.client import ClientProtocol
+    from websockets.protocol import State
+    from websockets.uri import parse_uri
 
 try:
     from websockets.speedups import apply_mask

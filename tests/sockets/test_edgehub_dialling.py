@@ -36,10 +36,10 @@ def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[int, Any]] | 
     known: dict[str, list[tuple[int, Any]] | Exception | threading.Event] = {}
     real = socket.getaddrinfo
 
-    def look_up(host: str, port: int, **facts: Any) -> list[tuple[Any, ...]]:
-        if host not in known or facts.get("flags"):
+    def look_up(host: bytes, port: int, **facts: Any) -> list[tuple[Any, ...]]:
+        if host.decode() not in known or facts.get("flags"):
             return list(real(host, port, **facts))
-        answer = known[host]
+        answer = known[host.decode()]
         if isinstance(answer, threading.Event):
             answer.wait(30.0)
             return []
