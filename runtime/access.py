@@ -79,6 +79,9 @@ class Pace:
 class Access(Protocol):
     """What the broker's core asks."""
 
+    def ruled(self) -> frozenset[str] | None:
+        """The names that have a rule; None: there are no rules, and everybody may everything."""
+
     def refuse_hello(self, name: str, groups: tuple[str, ...], credentials: Credentials) -> str | None:
         """Why `credentials` may not be `name` in `groups`, or None."""
 
@@ -93,6 +96,9 @@ class Access(Protocol):
 
 class Open:
     """Everybody on the socket may be anybody: the file's permissions are the policy."""
+
+    def ruled(self) -> frozenset[str] | None:
+        return None
 
     def refuse_hello(self, name: str, groups: tuple[str, ...], credentials: Credentials) -> str | None:
         return None
@@ -130,6 +136,9 @@ class Policy:
     def __init__(self, rules: Mapping[str, Rule], *, own_uid: int) -> None:
         self._rules = dict(rules)
         self._own_uid = own_uid
+
+    def ruled(self) -> frozenset[str] | None:
+        return frozenset(self._rules)
 
     def refuse_hello(self, name: str, groups: tuple[str, ...], credentials: Credentials) -> str | None:
         rule = self._rules.get(name)

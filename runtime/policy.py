@@ -35,6 +35,14 @@ def mark_of(config: NodeConfig) -> str:
     return f"{crc32(msgspec.json.encode((section.policy, section.modules, section.bus.listen), order='sorted')):08x}"
 
 
+def with_policy_of(config: NodeConfig, other: NodeConfig) -> NodeConfig:
+    """`config` with what `edgezmq reload` takes over from `other`, and nothing else of it."""
+    taken, section = other.runtime, config.runtime
+    bus = msgspec.structs.replace(section.bus, listen=taken.bus.listen)
+    changed = msgspec.structs.replace(section, policy=taken.policy, modules=taken.modules, bus=bus)
+    return msgspec.structs.replace(config, runtime=changed)
+
+
 def tell(home: Home, name: str, mark: str, fault: str = "") -> None:
     """Say which policy the process `name` goes by. A disk that is full loses only the word of it."""
     path = _adopted_path(home, name)

@@ -230,10 +230,14 @@ class RoutingCore:
     ) -> None:
         """Take another policy and other declarations over. `closed`: the sockets that are given up with it.
 
-        What was accepted before goes on to its receivers. A module that may no longer be who it is gets REFUSED with
-        the reason and WHO; what waits for it stays, for as long as for any module that is away.
+        What was taken before goes on to its receivers. A module that may no longer be who it is gets REFUSED with
+        the reason and WHO; what waits for it stays, for as long as for any module that is away. What a name has sent
+        whose rule is withdrawn is refused as `denied`: without a rule the name is the node's own, and receivers must
+        not take it for that.
         """
         self._now = now
+        before, after = self._access.ruled(), access.ruled()
+        withdrawn = before - after if before is not None and after is not None else frozenset()
         self._access = access
         self._closed |= frozenset(closed)
         # Those who still may ask for a stream renew it within the lease.
@@ -242,6 +246,8 @@ class RoutingCore:
             why = self._refusal(incarnation.peer, incarnation.name, incarnation.groups, incarnation.credentials)
             if why is not None:
                 self._dismiss(incarnation, why, now)
+        if withdrawn:
+            self._withdraw(withdrawn)
         wanted = {name: frozenset(groups) for name, groups in declared.items()}
         for name, groups in wanted.items():
             if name not in self._modules:
@@ -257,6 +263,37 @@ class RoutingCore:
             if is_attached and module.groups - before:
                 self._deliver_retained(module, now, module.groups - before)
             self._set_pace(module, now)
+
+    def _withdraw(self, names: frozenset[str]) -> None:
+        """Refuse all that `names` have sent and nobody has acknowledged."""
+        for key in [key for key in self._retained if key[0] in names]:
+            self._retained_bytes -= len(self._retained.pop(key).body)
+        for lane in self._parked:
+            if lane.sender.name in names:
+                for batch in [batch for batch in lane.batches if not batch.routed]:
+                    self._refuse_batch(lane, batch, emp.DENIED)
+        for module in self._modules.values():
+            if module.name in names:
+                while module.paced:
+                    self._refuse_batch(*module.paced.popleft(), emp.DENIED)
+            for outlet in list(module.outlets.values()):
+                if outlet.lane.sender.name in names:
+                    self._take_back(outlet)
+                    self._void_all(outlet, emp.DENIED)
+                    self._settle_voided(outlet)
+            self._wake(module)
+
+    @staticmethod
+    def _take_back(outlet: Outlet) -> None:
+        """What is in flight takes no room of the prefetch any more; an ACK of it will come too late to count."""
+        module, priority = outlet.module, outlet.lane.priority
+        if outlet.solo:
+            module.in_flight[priority] = 0
+            outlet.solo = 0
+        for batch in outlet.in_flight:
+            if not (outlet.voided and batch.first in outlet.voided):
+                module.in_flight[priority] -= batch.last - batch.from_ + 1
+                module.in_flight_bytes[priority] -= batch.size
 
     def _refusal(self, peer: Peer | None, name: str, groups: Iterable[str], credentials: Credentials) -> str | None:
         if peer is not None and peer[0] in self._closed:
@@ -1248,14 +1285,17 @@ class RoutingCore:
             self._advance(outlet.lane)
 
     def _refuse_all(self, outlet: Outlet, reason: str) -> None:
-        for batch in (*outlet.in_flight, *outlet.waiting):
-            if not (outlet.voided and batch.first in outlet.voided):
-                self._void(outlet, batch, reason)
+        self._void_all(outlet, reason)
         outlet.ready = False
         self._settle_voided(outlet)
         self._drop_outlet(outlet)
         outlet.lane.outlets.pop(outlet.module.name, None)
         outlet.module.suspects.pop(outlet, None)
+
+    def _void_all(self, outlet: Outlet, reason: str) -> None:
+        for batch in (*outlet.in_flight, *outlet.waiting):
+            if not (outlet.voided and batch.first in outlet.voided):
+                self._void(outlet, batch, reason)
 
     def _expire_mailbox(self, module: Module, now: float) -> None:
         """Only what waits in the mailbox expires; once delivered, the ACK decides (rule 33)."""

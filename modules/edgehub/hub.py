@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import signal
 import sqlite3
 import time
 from collections import Counter
@@ -57,11 +58,20 @@ from modules.edgehub.session import (
 from modules.edgehub.store import Dropped, Row, Store
 from modules.edgehub.sync_keeper import Late, Question, SyncKeeper
 from modules.edgehub.window import FLOOR_BYTES, TokenBucket
-from runtime import memory
+from runtime import memory, policy
 from runtime.backoff import Backoff
+from runtime.config import load
 from runtime.emp import DENIED, EXPIRED, FAILED, GONE, INVALID, OVERFLOW, TOO_LARGE, UNROUTABLE, Priority
 from runtime.enrolment import Job, Outcome
-from runtime.errors import InvalidMessage, MalformedMessage, MessageTooLarge, NotHandled, Refused, UsageError
+from runtime.errors import (
+    EdgezmqError,
+    InvalidMessage,
+    MalformedMessage,
+    MessageTooLarge,
+    NotHandled,
+    Refused,
+    UsageError,
+)
 from runtime.message import OPERATION_ERROR, Deferral, Message, from_cloud_json
 from runtime.module import Module
 from runtime.names import Group
@@ -204,6 +214,9 @@ class EdgeHub(Module):
         self._down_since = self._loop.time()
         self._coalescing = Coalescing(config.coalesce)
         self._permission = Permission(dict(config.grants))
+        if self._given_config is None:
+            self._loop.add_signal_handler(signal.SIGHUP, self._adopt_policy)
+            self._adopt_policy()  # one that was written between our reading and the handler would be missed
         self._replacements: dict[int, _Replacement] = {}
         self._replacement_number = 0
         await self._open_store_when_possible()
@@ -239,6 +252,23 @@ class EdgeHub(Module):
         self._certifier = self.tasks.create_task(self._certificates.run(), name="certificate")
         self._announcer = self.tasks.create_task(self._pub_connect_info(), name="connection state")
         self._runner = self.tasks.create_task(self._run(), name="link")
+
+    def _adopt_policy(self) -> None:
+        """Take the grants of run/node.json over, or leave those in force and say why (`edgezmq reload`)."""
+        fault = ""
+        try:
+            node = load(self.home.path)
+            if policy.mark_of(node) != policy.mark_of(self.node):
+                is_in_force = node.runtime.policy.enable
+                self._permission.adopt(dict(EdgeHubConfig.from_node(node).grants) if is_in_force else None)
+                self.node = policy.with_policy_of(self.node, node)
+                log.info(
+                    "policy taken over mark=%s rules=%d", policy.mark_of(self.node), len(node.runtime.policy.modules)
+                )
+        except EdgezmqError as why:
+            fault = str(why)
+            log.error("policy not taken over, the one before stays: %s", fault)
+        policy.tell(self.home, self.name, policy.mark_of(self.node), fault)
 
     async def _run(self) -> None:
         """Connection after connection, each joined before the next begins."""

@@ -24,11 +24,24 @@ class Grant:
 class Permission:
     """Grants by sender. A sender that has no entry is the node's own, and may send anything."""
 
-    def __init__(self, grants: Mapping[str, Iterable[Grant]]) -> None:
-        self._grants = {
+    def __init__(self, grants: Mapping[str, Iterable[Grant]] | None) -> None:
+        self._grants: dict[str, list[tuple[re.Pattern[str], ...]]] = {}
+        self.adopt(grants)
+
+    def adopt(self, grants: Mapping[str, Iterable[Grant]] | None) -> None:
+        """Take other grants over. None: no policy is in force, and everybody may send anything.
+
+        A sender that has no entry any more keeps those it had: what it sent under its rule may still be on its way,
+        and must not pass for the node's own.
+        """
+        if grants is None:
+            self._grants = {}
+            return
+        fresh: dict[str, list[tuple[re.Pattern[str], ...]]] = {
             sender: [(_any_of(grant.groups), _any_of(grant.operations), _any_of(grant.resources)) for grant in each]
             for sender, each in grants.items()
         }
+        self._grants.update(fresh)
 
     def __bool__(self) -> bool:
         return bool(self._grants)

@@ -306,6 +306,35 @@ def test_an_endpoint_that_is_given_up_tells_whom_it_held() -> None:
     assert pump.take(emp.REFUSED)[0].code == emp.HELLO_DENIED
 
 
+def test_what_a_name_has_sent_whose_rule_is_withdrawn_is_denied_wherever_it_waits() -> None:
+    """Without a rule the name is the node's own: edgehub would let it do anything."""
+    declared = {"hub": ("hub",), "pump": ()}
+    room = BrokerRoom(declared=declared, access=policy(0, pump=granted(messages_per_second=6)))
+    hub = room.peer("hub", prefetch=2)
+    pump = room.peer("pump")
+    pump.send("@hub", 1, retain=("key", 1))
+    for number in range(2, 10):
+        pump.send("@hub", number)
+    delivered = hub.take(emp.DELIVER)
+    assert len(delivered) == 2
+    assert room.status("pump")["paced"] == 2
+    room.core.adopt(policy(0), declared, room.now)
+    room.settle()
+    pump.send("@hub", 10)  # it is still somebody of the node's own user
+    for header in delivered:
+        hub.ack(header.lane, header.first)
+    hub.hello()  # nothing of it comes again
+    assert {header.first for header in hub.ack_all()} == {10}
+    assert room.status("pump")["refused"] == {"denied": 2}
+    assert room.status("hub")["refused"] == {"denied": 7}
+    assert {number for number, _, _ in pump.settled()[1]} == set(range(1, 10))
+    assert room.status("hub")["in_flight"] == 0
+    assert all(account["balanced"] for account in room.core.statistics(room.now)["accounts"])
+    assert room.core.statistics(room.now)["broker"]["messages_held"] == 0
+    late = room.peer("late", groups=["hub"])
+    assert not late.take(emp.DELIVER)  # nor is anything retained
+
+
 # --- what a hostile module tries -------------------------------------------------------------------------
 
 

@@ -43,6 +43,21 @@ def test_no_grant_allows_nothing_and_no_entry_everything() -> None:
     assert not Permission({})
 
 
+def test_a_sender_whose_rule_is_withdrawn_does_not_pass_for_the_nodes_own() -> None:
+    permission = Permission({"pump": [Grant(("user",))], "fan": []})
+    permission.adopt({"fan": [Grant(("twin",))]})
+    assert not permission.allows("pump", message(group="resource"))
+    assert permission.allows("pump", message())  # as it was granted when it was sent
+    assert permission.allows("fan", message(group="twin"))
+    assert not permission.allows("fan", message())
+    permission.adopt({})
+    assert permission
+    assert not permission.allows("pump", message(group="resource"))
+    permission.adopt(None)
+    assert not permission
+    assert permission.allows("pump", message(group="resource"))
+
+
 POLICY = {
     "enable": True,
     "modules": {
