@@ -92,7 +92,7 @@ struct emp {
     emp_settler settled;
     void *context;
     uint8_t incarnation[INCARNATION], epoch[EPOCH];
-    int64_t session, generation, heartbeat_ms;
+    int64_t session, generation, heartbeat_ms, liveness_ms;
     int64_t nonce, pinged_at, ping_due, hello_due, taken_since, fresh_at; /* milliseconds; -1: not */
     int64_t message_bytes, window_messages, window_bytes;
     bool attached, draining;
@@ -231,7 +231,7 @@ static void put_hello(emp *bus) {
     msgpack_pack_array(&p, 0); /* groups */
     pack_bytes(&p, bus->incarnation, INCARNATION);
     msgpack_pack_int64(&p, bus->generation);
-    msgpack_pack_int(&p, LIVENESS_MS);
+    msgpack_pack_int64(&p, bus->liveness_ms);
     pack_string(&p, "c-example");
     msgpack_pack_int(&p, 256);
     msgpack_pack_int(&p, 1 << 20);
@@ -407,7 +407,7 @@ static void on_welcome(emp *bus, const msgpack_object *header, int64_t now) {
     memcpy(bus->epoch, epoch.data, EPOCH);
     bus->session = session;
     bus->generation = generation;
-    bus->heartbeat_ms = heartbeat < LIVENESS_MS / 3 ? heartbeat : LIVENESS_MS / 3;
+    bus->heartbeat_ms = heartbeat < bus->liveness_ms / 3 ? heartbeat : bus->liveness_ms / 3;
     bus->attached = true;
     bus->taken_since = -1;
     if (limits != NULL && limits->type == MSGPACK_OBJECT_ARRAY && limits->via.array.size >= 3) {
@@ -427,7 +427,7 @@ static void on_refused(emp *bus, const msgpack_object *header, int64_t now) {
     copy_text(known_code, sizeof known_code, code);
     if (!bus->attached && strcmp(known_code, "name-taken") == 0) {
         if (bus->taken_since < 0) bus->taken_since = now;
-        if (now - bus->taken_since <= LIVENESS_MS) return; /* it may be our own predecessor */
+        if (now - bus->taken_since <= bus->liveness_ms) return; /* it may be our own predecessor */
         bus->state = EMP_REFUSED;
     } else if (!bus->attached && (strcmp(known_code, "denied") == 0 || strcmp(known_code, "version") == 0 ||
                                   strcmp(known_code, "too-many") == 0)) {
@@ -671,13 +671,13 @@ static void work_one(emp *bus) {
 
 static bool may_work(const emp *bus, int64_t now) {
     return bus->work_first != NULL && !(bus->draining && (bus->work_first->flags & REPLY) == 0) && bus->fresh_at >= 0 &&
-           now - bus->fresh_at <= LIVENESS_MS; /* rule 21 */
+           now - bus->fresh_at <= bus->liveness_ms; /* rule 21 */
 }
 
 emp_state emp_turn(emp *bus, int wait_ms) {
     int64_t now = clock_ms(CLOCK_MONOTONIC), due;
     zmq_pollitem_t item = {bus->socket, 0, ZMQ_POLLIN, 0};
-    if (bus->attached && bus->pinged_at >= 0 && now - bus->pinged_at > LIVENESS_MS) bus->attached = false; /* no PONG */
+    if (bus->attached && bus->pinged_at >= 0 && now - bus->pinged_at > bus->liveness_ms) bus->attached = false; /* no PONG */
     if (!bus->attached && now >= bus->hello_due) {
         bus->hello_due = now + HELLO_MS;
         put_hello(bus);
@@ -685,7 +685,7 @@ emp_state emp_turn(emp *bus, int wait_ms) {
         put_ping(bus, now);
     }
     due = bus->attached ? bus->ping_due : bus->hello_due;
-    if (bus->attached && bus->pinged_at >= 0) due = bus->pinged_at + LIVENESS_MS;
+    if (bus->attached && bus->pinged_at >= 0) due = bus->pinged_at + bus->liveness_ms;
     if (due - now < wait_ms) wait_ms = due > now ? (int)(due - now) : 0;
     zmq_poll(&item, 1, may_work(bus, now) ? 0 : wait_ms);
     read_all(bus);
@@ -709,6 +709,7 @@ emp *emp_open(const char *name, const char *endpoint, emp_handler handle, emp_se
     bus->context = context;
     bus->session = bus->pinged_at = bus->taken_since = bus->fresh_at = -1;
     bus->heartbeat_ms = 1000;
+    bus->liveness_ms = LIVENESS_MS;
     bus->message_bytes = bus->window_bytes = 1 << 20; /* little, until WELCOME tells */
     bus->window_messages = 64;
     bus->zmq = zmq_ctx_new();
@@ -725,6 +726,8 @@ emp *emp_open(const char *name, const char *endpoint, emp_handler handle, emp_se
     }
     return bus;
 }
+
+void emp_set_liveness(emp *bus, int ms) { bus->liveness_ms = ms; }
 
 void emp_drain(emp *bus) {
     if (!bus->draining && bus->attached) put_end(bus, "DRAIN/1", false);

@@ -55,6 +55,9 @@ char *emp_endpoint(void);
 /* NULL when libzmq fails (errno). Strings are copied; settled may be NULL. */
 emp *emp_open(const char *name, const char *endpoint, emp_handler handle, emp_settler settled, void *context);
 
+/* Before the first turn: the broker may give us up when it has heard nothing for so long. 15 s if not set. */
+void emp_set_liveness(emp *bus, int ms);
+
 /* Read what there is, keep up with the broker, handle at most one message. Waits at most wait_ms when there is
  * nothing to do. */
 emp_state emp_turn(emp *bus, int wait_ms);
