@@ -1,7 +1,8 @@
 """Install what the example modules need, build each, and see whether it keeps the protocol: `make examples`.
 
-On stdout stands one line a language, `c …  passed=N failed=0`, or why it was not run. What goes wrong is told on
-stderr. Exit status 1 when anything failed, or could not be installed or built.
+The languages go side by side: building and testing is waiting for the most part. On stdout stands one line a language,
+`c …  passed=N failed=0`, or why it was not run. What goes wrong is told on stderr. Exit status 1 when anything failed,
+or could not be installed or built.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +28,9 @@ BUILD_SECONDS: Final = 900.0
 CONFORM_SECONDS: Final = 600.0
 "For a run that takes half a minute where the machine has nothing else to do."
 SHOWN_LINES: Final = 30
+
+_one_installs: Final = threading.Lock()
+"Two apt-get at a time do not wait for each other: the second one fails."
 
 
 class NotRun(Exception):
@@ -137,7 +144,8 @@ LANGUAGES: Final = (
 
 
 def tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    sys.stderr.write(text + "\n")  # in one piece: the languages are side by side
+    sys.stderr.flush()
 
 
 def perform(command: Sequence[str], directory: Path, seconds: float = BUILD_SECONDS) -> None:
@@ -159,8 +167,19 @@ def perform(command: Sequence[str], directory: Path, seconds: float = BUILD_SECO
         raise NotRun(f"`{' '.join(command)}` ended with status {done.returncode}")
 
 
+@cache
+def refresh_package_lists(*root: str) -> None:
+    """Once is enough. Raises NotRun."""
+    perform([*root, "apt-get", "update", "-qq"], ROOT)
+
+
 def install(needs: Sequence[Need]) -> None:
     """Raises NotRun when something is missing and cannot be had."""
+    with _one_installs:
+        _install(needs)
+
+
+def _install(needs: Sequence[Need]) -> None:
     missing = [need for need in needs if not need.is_there()]
     if not missing:
         return
@@ -172,7 +191,7 @@ def install(needs: Sequence[Need]) -> None:
         if shutil.which("apt-get") is None or (root and says([*root, "true"]) is None):
             raise NotRun(f"there is no {names}, and to install it takes apt-get and root or sudo")
         tell(f"installing {names}")
-        perform([*root, "apt-get", "update", "-qq"], ROOT)
+        refresh_package_lists(*root)
         wanted: list[str] = []
         for need in missing:
             can_be_had = [each for each in need.packages if all(map(has_candidate, each))]
@@ -209,20 +228,20 @@ def verdict(language: Language, found: dict[str, Any]) -> str:
     return f"{language.name:<11} {about:<62}  passed={found['passed']} failed={found['failed']}"
 
 
-def attend(language: Language, options: Sequence[str]) -> bool:
-    """Install, build, test, and say what came out; whether all is well."""
+def attend(language: Language, options: Sequence[str], *, only_build: bool = False) -> tuple[str, bool]:
+    """Install, build, test; the line for stdout, and whether all is well."""
     try:
         install(language.needs)
         perform(language.build, language.directory)
+        if only_build:
+            return f"{language.name:<11} built", True
         found = conform(language, options)
     except NotRun as why:
-        print(f"{language.name:<11} not run: {why}", flush=True)
-        return False
+        return f"{language.name:<11} not run: {why}", False
     for check in found["checks"]:
         if check["outcome"] == "fail":
             tell("\n".join([f"{language.name}: {check['name']}: {check['why']}", *check["frames"], check["log"] or ""]))
-    print(verdict(language, found), flush=True)
-    return bool(found["failed"] == 0)
+    return verdict(language, found), bool(found["failed"] == 0)
 
 
 def main() -> int:
@@ -231,6 +250,7 @@ def main() -> int:
     parser.add_argument("languages", nargs="*", metavar="LANGUAGE", help=f"of {', '.join(names)}; all by default")
     parser.add_argument("--jobs", default="4", help="checks at a time")
     parser.add_argument("--stretch", default="1", help="so many times as long for every reaction: for a slow machine")
+    parser.add_argument("--only-build", action="store_true", help="install and build, and do not test")
     wanted = parser.parse_args()
     if unknown := sorted(set(wanted.languages) - set(names)):
         parser.error(f"no example in {', '.join(unknown)}; there are {', '.join(names)}")
@@ -239,8 +259,14 @@ def main() -> int:
     os.environ["PATH"] = os.pathsep.join([*map(str, ways), os.environ.get("PATH", os.defpath)])
     chosen = [language for language in LANGUAGES if not wanted.languages or language.name in wanted.languages]
     options = ["--jobs", wanted.jobs, "--stretch", wanted.stretch]
-    well = [attend(language, options) for language in chosen]
-    return 0 if all(well) else 1
+    is_well = True
+    with ThreadPoolExecutor(len(chosen)) as side_by_side:
+        for line, language_is_well in side_by_side.map(
+            partial(attend, options=options, only_build=wanted.only_build), chosen
+        ):
+            print(line, flush=True)  # in the order of the table, each as soon as it is known
+            is_well = is_well and language_is_well
+    return 0 if is_well else 1
 
 
 if __name__ == "__main__":

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+
+from tests.support.deadline import DEADLINE
 
 ROOT = Path(__file__).parent.parent
 
@@ -67,14 +72,15 @@ def test_the_line_of_a_language_ends_with_its_figures(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(examples, "conform", lambda *_: found())
-    assert not examples.attend(language("true"), [])
-    told = capsys.readouterr()
-    assert told.out.startswith("c  ")
-    assert told.out.endswith("  passed=73 failed=1\n")
-    assert "who: no HELLO" in told.err
+    line, is_well = examples.attend(language("true"), [])
+    assert line.startswith("c  ")
+    assert line.endswith("  passed=73 failed=1")
+    assert not is_well
+    assert "who: no HELLO" in capsys.readouterr().err
     monkeypatch.setattr(examples, "conform", lambda *_: found(failed=0, checks=[]))
-    assert examples.attend(language("true"), [])
-    assert capsys.readouterr().out.endswith("  passed=73 failed=0\n")
+    line, is_well = examples.attend(language("true"), [])
+    assert line.endswith("  passed=73 failed=0")
+    assert is_well
 
 
 @pytest.mark.parametrize(
@@ -85,11 +91,64 @@ def test_the_line_of_a_language_ends_with_its_figures(
         (language("true"), "the conformance runner"),
     ],
 )
-def test_a_language_that_could_not_run_says_so_and_has_no_figures(
-    tried: object, why: str, capsys: pytest.CaptureFixture[str]
+def test_a_language_that_could_not_run_says_so_and_has_no_figures(tried: object, why: str) -> None:
+    line, is_well = examples.attend(tried, ["--only", "no-such-check"])
+    assert not is_well
+    assert "not run: " in line
+    assert why in line
+    assert "passed" not in line
+
+
+def test_to_build_only_is_not_to_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examples, "conform", lambda *_: pytest.fail("tested"))
+    assert examples.attend(language("true"), [], only_build=True) == ("c           built", True)
+    line, is_well = examples.attend(language("exit 3"), [], only_build=True)
+    assert "ended with status 3" in line
+    assert not is_well
+
+
+@pytest.mark.parametrize(("failing", "status"), [(None, 0), ("c", 1), ("java", 1)])
+def test_the_lines_stand_in_the_tables_order_and_one_that_failed_decides_the_exit_status(
+    failing: str | None, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert not examples.attend(tried, ["--only", "no-such-check"])
-    told = capsys.readouterr().out
-    assert "not run: " in told
-    assert why in told
-    assert "passed" not in told
+    everybody_is_here = threading.Barrier(len(examples.LANGUAGES), timeout=DEADLINE)
+
+    def attended(language: Any, **_: object) -> tuple[str, bool]:
+        everybody_is_here.wait()  # passes only if they are side by side
+        return language.name, language.name != failing
+
+    monkeypatch.setattr(examples, "attend", attended)
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # which main() adds to
+    assert examples.main() == status
+    assert capsys.readouterr().out.split() == [language.name for language in examples.LANGUAGES]
+
+
+def test_what_is_missing_is_installed_by_one_at_a_time_with_the_first_alternative_that_can_be_had(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[list[str]] = []
+    installed: set[str] = set()
+
+    def perform(command: list[str], *_: object) -> None:
+        done.append(command)
+        installed.update(command)
+
+    monkeypatch.setattr(examples, "perform", perform)
+    monkeypatch.setattr(examples.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(examples.shutil, "which", lambda name: name)
+    monkeypatch.setattr(examples, "has_candidate", lambda package: package != "new-dev")
+    examples.refresh_package_lists.cache_clear()
+    wide = examples.Need("wide", lambda: "old-dev" in installed, (("new-dev", "extra"), ("old-dev",)))
+    other = examples.Need("other", lambda: "other-dev" in installed, (("other-dev",),))
+    there = examples.Need("there", lambda: True, (("there-dev",),))
+    examples.install([wide, there])
+    examples.install([wide, other])
+    examples.install([wide, other])
+    examples.refresh_package_lists.cache_clear()
+    flat = [" ".join(command) for command in done]
+    assert [command.partition("apt-get ")[2] for command in flat] == [
+        "update -qq",
+        "install -y -qq --no-install-recommends old-dev",
+        "install -y -qq --no-install-recommends other-dev",
+    ]
