@@ -335,6 +335,43 @@ def keys_list(as_json: JsonOption = False) -> None:
     command.show(as_json=as_json)
 
 
+policy_app = typer.Typer(help="Who may do what on the bus (runtime.policy).", no_args_is_help=True)
+app.add_typer(policy_app, name="policy")
+
+
+@policy_app.command("check")
+def policy_check(
+    file: Annotated[Optional[Path], typer.Argument(help="Default: the node's own file.", show_default=False)] = None,  # noqa: UP045
+) -> None:
+    """Look for faults and oddities in the policy of a configuration file. Exit status 1: the node would refuse it."""
+    from runtime.cli import policing as command
+
+    raise typer.Exit(command.check(file))
+
+
+@policy_app.command("show")
+def policy_show(
+    name: Annotated[str, typer.Argument(help="The module.")],
+    file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--config", "-c", help="By this file; default: as the node goes by now.", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a module may do: who may be it, where it may send, what of it goes to the cloud, how much."""
+    from runtime.cli import policing as command
+
+    command.show(name, file, as_json=as_json)
+
+
+@app.command("reload")
+def reload_(config: ConfigOption = None) -> None:
+    """Give the running node the policy of the file (runtime.policy, modules, bus.listen); nothing is restarted."""
+    from runtime.cli import policing as command
+
+    command.reload(config)
+
+
 @app.command()
 def version() -> None:
     """Print the version."""

@@ -202,6 +202,7 @@ def check_path_lengths(home: Home, config: NodeConfig) -> None:
     endpoint = config.endpoint(home)
     if endpoint.startswith("ipc://"):
         sockets.append(endpoint.removeprefix("ipc://"))
+    sockets += [str(home.own_socket(name)) for name, rule in config.runtime.policy.modules.items() if rule.own_socket]
     for path in sockets:
         if len(os.fsencode(path)) > IPC_PATH_LIMIT:
             raise ConfigError(
