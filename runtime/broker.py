@@ -47,6 +47,7 @@ STALL_SECONDS: Final = 1.0
 AFTER_STALL_SECONDS: Final = 0.25
 SEND_HWM: Final = 100_000
 "Frames queued for one peer. Windows keep a sane peer far below; one that reaches it is cut off and asked who it is."
+_TELL_UNREAD_SECONDS: Final = 10.0
 SOCKET_MODE: Final = 0o660
 LEAVE_SECONDS: Final = 2.0
 "For modules to learn why, before an endpoint that configuration has given up is closed."
@@ -106,6 +107,8 @@ class Broker:
         self._watched: dict[int, tuple[str, int]] = {}  # pidfd -> name, pid
         self._dead: list[tuple[str, int]] = []
         self._stopping = False
+        self._unread = 0
+        self._tell_unread_at = 0.0
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._poll.register(self._wake_read, select.EPOLLIN)
         try:
@@ -315,12 +318,20 @@ class Broker:
         try:
             send_routed(socket, routing_id, out.frames)
         except zmq.Again:
-            log.warning("peer does not read, cut off after frames=%d", SEND_HWM)
+            self._tell_unread(now)
             self._core.lost(out.peer, now)
         except zmq.ZMQError as fault:
             if fault.errno != zmq.EHOSTUNREACH:
                 raise
             self._core.lost(out.peer, now)
+
+    def _tell_unread(self, now: float) -> None:
+        """Of a peer that sends on and never reads, this is true of each answer: the log is to have it now and then."""
+        self._unread += 1
+        if now >= self._tell_unread_at:
+            log.warning("peer does not read, cut off after frames=%d times=%d", SEND_HWM, self._unread)
+            self._unread = 0
+            self._tell_unread_at = now + _TELL_UNREAD_SECONDS
 
     def _wait(self, seconds: float) -> None:
         for fd, _ in self._poll.poll(seconds):

@@ -285,7 +285,7 @@ def demo(context: typer.Context) -> None:
     "exec", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 )
 def exec_(context: typer.Context) -> None:
-    """Become a foreign module's command that ends with supervisord: edgezmq exec [--name NAME] -- COMMAND …"""
+    """Become a module's command, with a lock, limits, a user of its own: edgezmq exec [--name NAME] … -- COMMAND …"""
     from runtime import exec as command
 
     command.main(context.args)
@@ -311,6 +311,14 @@ def config_import(
     from runtime.cli import importing as command
 
     command.import_2019(file, output, cloud=cloud, force=force)
+
+
+@config_app.command("store")
+def config_store(config: ConfigOption = None) -> None:
+    """Check edgecore.yaml and write run/node.json, as `up` does: for a node that something else than `up` starts."""
+    from runtime.cli import node
+
+    node.store_configuration(config)
 
 
 keys_app = typer.Typer(help="CURVE keys for modules that reach the bus over tcp.", no_args_is_help=True)

@@ -41,11 +41,7 @@ class NodeError(EdgezmqError):
 
 def up(named: Path | None, *, detach: bool) -> None:
     home = find_home()
-    path = settings.find(named, home)
-    config, warnings = settings.read(path)
-    for warning in (*warnings, *_missing_files(config)):
-        _say(f"warning: {warning}")
-    check_path_lengths(home, config)
+    config, path = _read(named, home)
     conf = find_supervisord_conf()
     home.prepare()
     try:
@@ -66,6 +62,24 @@ def up(named: Path | None, *, detach: bool) -> None:
     else:
         _say("Ctrl-C stops the node. In another terminal: edgezmq status")
         _become_supervisord(home, conf, lock.fileno(), "-n")
+
+
+def store_configuration(named: Path | None) -> None:
+    """What `up` does before it starts anything."""
+    home = find_home()
+    config, path = _read(named, home)
+    home.prepare()
+    store(config, home)
+    _say(f"node {config.node_name}: configuration {path}, written to {home.node_json}")
+
+
+def _read(named: Path | None, home: Home) -> tuple[NodeConfig, Path]:
+    path = settings.find(named, home)
+    config, warnings = settings.read(path)
+    for warning in (*warnings, *_missing_files(config)):
+        _say(f"warning: {warning}")
+    check_path_lengths(home, config)
+    return config, path
 
 
 def _missing_files(config: NodeConfig) -> Iterator[str]:
