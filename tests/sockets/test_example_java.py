@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import signal
 import subprocess
 from pathlib import Path
-
-import pytest
 
 from runtime import keys
 from runtime.access import ANY, Policy, Rule
@@ -17,19 +14,16 @@ from runtime.broker import Listener
 from runtime.client import Bus
 from runtime.message import Message
 from tests.support.aio import run
+from tests.support.built import require_example
 from tests.support.bus_broker import ThreadBroker
 from tests.support.deadline import DEADLINE
 from tests.support.mosquitto import free_port
 
-JAR = Path(__file__).parents[2] / "examples" / "java" / "target" / "java-example.jar"
 NAME = "java-example"
-
-pytestmark = pytest.mark.skipif(
-    not JAR.exists() or shutil.which("java") is None, reason="examples/java is not built: make examples ARGS=java"
-)
 
 
 def test_the_java_example_comes_in_with_its_key_answers_uploads_and_leaves(tmp_path: Path) -> None:
+    jar = require_example("java")
     broker_keys, own = keys.make(tmp_path, keys.BROKER), keys.make(tmp_path, NAME)
     endpoint = f"tcp://127.0.0.1:{free_port()}"
     me = os.geteuid()
@@ -60,7 +54,7 @@ def test_the_java_example_comes_in_with_its_key_answers_uploads_and_leaves(tmp_p
     listener = Listener(endpoint, secret_key=broker_keys.secret)
     access = Policy(rules, own_uid=me)
     with ThreadBroker(tmp_path, access=access, listeners=[listener], admitted=[own.public]) as broker:
-        module = subprocess.Popen(["java", "-jar", JAR], env=environ)
+        module = subprocess.Popen(["java", "-jar", jar], env=environ)
         try:
             run(scenario(broker))
             module.terminate()
