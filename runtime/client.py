@@ -531,7 +531,8 @@ class Bus:
         future: asyncio.Future[Message] = loop.create_future()
         deadline = loop.time() + timeout
         timer = loop.call_later(timeout, _time_out, future, to, timeout)
-        self._core.expect(message.id, future)  # before it is sent: the reply may be fast
+        of = "" if is_group(to) else to
+        self._core.expect(message.id, future, of)  # before it is sent: the reply may be fast
         try:
             lane = self._lanes.get((to, priority)) or self._new_lane(to, priority)
             if lane.waiters or not self._core.has_room(lane, len(data)):
@@ -582,8 +583,9 @@ class Bus:
             waits.pop(number, None)
             self._core.forget(message.id)
         members = waiter.members or []
+        replies = {sender: reply for sender, reply in waiter.replies.items() if sender in members}
         missing = {member: waiter.refused.get(member, "timeout") for member in members if member not in waiter.replies}
-        return GroupReplies(waiter.replies, missing)
+        return GroupReplies(replies, missing)
 
     async def respond(self, request: Message, reply: Message) -> Receipt:
         """Answer `request`, whose handler may have returned already (deferred); once.

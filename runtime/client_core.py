@@ -310,12 +310,12 @@ class ClientCore:
         "When the last answered PING was sent; beyond `liveness_seconds` nothing new is handled (rule 21)."
         self.lanes: dict[tuple[str, int], OutLane] = {}
         self._unflushed: list[OutLane] = []
-        self._in: dict[tuple[bytes, str, int], InLane] = {}
+        self._in: dict[tuple[str, bytes, str, int], InLane] = {}
         self._generations: dict[str, int] = {}
         self.dirty_lanes: list[InLane] = []
         "Lanes with something finished that no ACK has told yet."
         self._lazy: list[InLane] = []
-        self._waiters: dict[str, Any] = {}
+        self._waiters: dict[str, tuple[Any, str]] = {}
         self._retained: dict[tuple[str, str], _Retained] = {}
         self._retain_counter = 0
         self._versions: dict[tuple[str, str, str], tuple[int, int]] = {}
@@ -461,9 +461,12 @@ class ClientCore:
 
     # --- requests -------------------------------------------------------------------------------------
 
-    def expect(self, message_id: str, waiter: Any) -> None:
-        """Register who waits for the reply to `message_id`. Before the request is put."""
-        self._waiters[message_id] = waiter
+    def expect(self, message_id: str, waiter: Any, of: str = "") -> None:
+        """Register who waits for the reply to `message_id`. Before the request is put.
+
+        `of`: the module that was asked; another's reply is none. Ids can be guessed from earlier ones.
+        """
+        self._waiters[message_id] = (waiter, of)
 
     def forget(self, message_id: str) -> None:
         """Nobody waits any more; a late reply is acknowledged and counted."""
@@ -475,7 +478,7 @@ class ClientCore:
 
     def open_waiters(self) -> Iterable[Any]:
         """Who waits for replies, as given to `expect`."""
-        return self._waiters.values()
+        return [waiter for waiter, _ in self._waiters.values()]
 
     # --- the connection, time ----------------------------------------------------------------------------
 
@@ -783,7 +786,8 @@ class ClientCore:
 
     def _book(self, header: emp.Deliver) -> InLane | None:
         """The lane's book; None when the batch is refused as a whole."""
-        key = (header.incarnation, header.destination, header.priority)
+        # By sender too: that the broker vouches for, and an incarnation is known to whoever got a message of it.
+        key = (header.sender, header.incarnation, header.destination, header.priority)
         lane = self._in.get(key)
         if lane is None:
             lane = InLane(header)
@@ -835,7 +839,9 @@ class ClientCore:
         for number, message in enumerate(messages, first):
             waiter = None
             if header.requester == self.incarnation:
-                waiter = self._waiters.get(message.parent_id)
+                waiter, of = self._waiters.get(message.parent_id, (None, ""))
+                if of and of != header.sender:
+                    waiter = None
             if waiter is None:
                 self.late_replies += 1
             else:

@@ -41,6 +41,8 @@ from runtime.routing_state import (
 )
 
 REPLY: Final = int(emp.Priority.REPLY)
+_BROKERS_FLAGS: Final = emp.FROM_STORE | emp.REDELIVERED
+"In a SEND they say nothing."
 MAX_GENERATION: Final = 2**62
 MAX_ACCOUNTS: Final = 256
 "Of a declared module: accounts of destinations that are kept when none of its processes has a lane there."
@@ -134,7 +136,7 @@ class RoutingCore:
         self._modules: dict[str, Module] = {}
         self._peers: dict[Peer, Incarnation] = {}
         self._asked: dict[Peer, bool] = {}  # peers that got a WHO and have not said HELLO since
-        self._departed: dict[bytes, Incarnation] = {}  # let go while messages of theirs were unsettled
+        self._departed: dict[tuple[str, bytes], Incarnation] = {}  # let go while messages of theirs were unsettled
         self._parked: list[Lane] = []
         self._dirty_lanes: list[Lane] = []
         self._dirty_modules: list[Module] = []
@@ -387,7 +389,7 @@ class RoutingCore:
     def _on_hello(self, peer: Peer, hello: emp.Hello, credentials: Credentials, now: float) -> None:
         self._asked.pop(peer, None)
         bound = self._peers.get(peer)
-        if bound is not None and bound.id != hello.incarnation:
+        if bound is not None and (bound.id != hello.incarnation or bound.name != hello.name):
             self.lost(peer, now)
         if hello.generation > MAX_GENERATION:
             self._refuse_frame(
@@ -427,8 +429,8 @@ class RoutingCore:
                 generation = hello.generation
             if holder is not None:
                 self._fence(holder, generation, now)
-            departed = self._departed.pop(hello.incarnation, None)
-            if departed is not None and departed.name == hello.name:
+            departed = self._departed.pop((hello.name, hello.incarnation), None)
+            if departed is not None:
                 holder = departed
                 holder.module = module
                 holder.generation = generation
@@ -568,7 +570,7 @@ class RoutingCore:
             # It may come back, and what it has sent may still be on its way: one lane must not become two.
             self._departed = {id: other for id, other in self._departed.items() if has_batches(other)}
             if has_batches(holder):
-                self._departed[holder.id] = holder
+                self._departed[(holder.name, holder.id)] = holder
 
     def _drop_old_replies(self, module: Module, incarnation: bytes) -> None:
         """Replies to an earlier incarnation of the requester are settled as `gone` (rule 28)."""
@@ -587,6 +589,8 @@ class RoutingCore:
         if (header.flags or not header.priority) and (fault := _fault_of_flags(header)):
             self._refuse_frame(peer, emp.BAD_HEADER, fault)
             return
+        if header.flags & _BROKERS_FLAGS:
+            header = msgspec.structs.replace(header, flags=header.flags & ~_BROKERS_FLAGS)
         lane = sender.lanes.get((header.destination, header.priority))
         if lane is None:
             if header.first > header.floor:  # rule 3; a batch that is settled in part begins below the floor
@@ -656,7 +660,7 @@ class RoutingCore:
 
     def _drop_outlet(self, outlet: Outlet) -> None:
         module = outlet.module
-        key = (outlet.lane.sender.id, outlet.lane.destination, outlet.lane.priority)
+        key = (outlet.lane.sender.name, outlet.lane.sender.id, outlet.lane.destination, outlet.lane.priority)
         if module.outlets.get(key) is outlet:
             del module.outlets[key]
         if outlet.number and module.holder is not None:
@@ -860,7 +864,7 @@ class RoutingCore:
         feed = None if lane.priority == REPLY or not lane.sender.generation else self._feed(lane.sender, module)
         outlet = Outlet(lane, module, feed, acked)
         lane.outlets[module.name] = outlet
-        module.outlets[(lane.sender.id, lane.destination, lane.priority)] = outlet
+        module.outlets[(lane.sender.name, lane.sender.id, lane.destination, lane.priority)] = outlet
         if feed is not None:
             feed.outlets.append(outlet)
         return outlet

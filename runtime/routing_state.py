@@ -253,7 +253,7 @@ class Module:
         self.generation = 0
         self.absent_since = now
         self.seen = False
-        self.outlets: dict[tuple[bytes, str, int], Outlet] = {}
+        self.outlets: dict[tuple[str, bytes, str, int], Outlet] = {}  # by name too: whoever got a message knows the id
         self.ready: tuple[deque[Outlet], ...] = tuple(deque() for _ in range(PRIORITIES))
         self.in_flight = [0] * PRIORITIES
         self.in_flight_bytes = [0] * PRIORITIES

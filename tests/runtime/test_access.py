@@ -349,3 +349,87 @@ def test_leaving_and_coming_back_gives_no_fresh_quota() -> None:
         pump.put(emp.BYE, emp.Bye(True))
         came += len(sink.ack_all())
     assert came <= 11
+
+
+def test_an_incarnation_is_its_own_names_alone() -> None:
+    """Whoever gets a message learns its sender's incarnation, and may say it is its own."""
+    room = BrokerRoom(access=policy(0, pump=granted(), thief=granted(), sink=granted()))
+    pump, sink = room.peer("pump"), room.peer("sink", prefetch=1)
+    thief = room.peer("thief", incarnation=pump.incarnation)
+    pump.send("sink", 1)
+    thief.send("sink", 1)
+    thief.send("sink", 2)
+    pump.send("sink", 2)
+    sink.move()
+    sink.hello()  # what was in flight is delivered again
+    came = [(header.sender, header.first) for header in sink.ack_all()]
+    assert sorted(came) == [("pump", 1), ("pump", 2), ("thief", 1), ("thief", 2)]
+    assert pump.settled() == (2, [])
+    assert thief.settled() == (2, [])
+
+
+def test_one_connection_holds_one_name() -> None:
+    room = BrokerRoom(access=policy(0, pump=granted(), fan=granted()))
+    pump = room.peer("pump")
+    pump.name = "fan"
+    pump.generation = 0
+    pump.hello()
+    assert room.status("pump")["state"] == "absent"
+    assert room.status("fan")["state"] == "attached"
+    room.pass_time(1)
+    pump.send("nobody", 1)
+    assert room.status("fan")["refused"] == {"unroutable": 1}
+
+
+def test_a_name_that_left_open_messages_gets_them_back_whoever_else_says_its_incarnation() -> None:
+    room = BrokerRoom(access=policy(0, pump=granted(), thief=granted(), sink=granted()), declared={"sink": ()})
+    pump = room.peer("pump")
+    pump.send("sink", 1)
+    room.core.lost(pump.address, room.now)
+    room.pass_time(60)  # let go
+    room.peer("thief", incarnation=pump.incarnation)
+    pump.move()
+    pump.hello()
+    pump.send("sink", 1)  # it sends again what is not settled
+    pump.send("sink", 2)
+    sink = room.peer("sink")
+    assert [(header.sender, header.first) for header in sink.ack_all()] == [("pump", 1), ("pump", 2)]
+
+
+def test_flags_that_are_the_brokers_to_set_say_nothing_in_a_send() -> None:
+    room = BrokerRoom(access=policy(0, pump=granted()))
+    sink, pump = room.peer("sink"), room.peer("pump")
+    pump.send("sink", 1, flags=emp.FROM_STORE | emp.REDELIVERED)
+    assert [header.flags for header in sink.take(emp.DELIVER)] == [0]
+
+
+def test_names_and_groups_are_compared_to_the_letter() -> None:
+    room = BrokerRoom(
+        declared={"hub": ("hub",)}, access=policy(0, pump=Rule(uids=frozenset({0}), destinations=frozenset({"@hub"})))
+    )
+    room.peer("hub", groups=["hub"])
+    pump = room.peer("pump")
+    for destination in ("@Hub", "@HUB", "hub", "Hub"):
+        pump.send(destination, 1)
+    assert [header.exceptions for header in pump.take(emp.SETTLED)] == [[(1, "denied", None)]] * 4
+    for destination in (
+        "@hub\n",
+        "@hub ",
+        "@@hub",
+        "@",
+        "",
+        "*",
+        "@*",
+        "@h\u00fcb",
+        "@\uff48ub",
+        "@hub/..",
+        "@" + "h" * 65,
+    ):
+        pump.put(emp.SEND, emp.Send(destination, DATA, 1, 1, 1), b"\x90")
+        assert [refused.code for refused in pump.take(emp.REFUSED)] == [emp.BAD_HEADER], destination
+    for name in ("pump\n", "pump ", "pump\0", "PUMP", "p\u00fcmp", "../pump", "x" * 65):
+        stranger = room.peer(name)
+        if name == "PUMP":  # another name, without a rule: for the node's own user
+            assert stranger.session > 0
+        else:
+            assert [refused.code for refused in stranger.take(emp.REFUSED)] == [emp.BAD_HEADER], name

@@ -59,7 +59,7 @@ def test_more_refusals_than_one_ack_holds_are_acknowledged_in_pieces() -> None:
     broker.deliver(1, 1024)
     broker.deliver(1025, 1024)
     broker.deliver(2049, 452)
-    lane = broker.core._in[(b"S" * 16, "receiver", 3)]
+    lane = broker.core._in[("sender", b"S" * 16, "receiver", 3)]
     for number in range(1, 2501):
         broker.core.finish(lane, number, emp.FAILED if number % 5 else None)
     acks = broker.flush(emp.ACK)

@@ -14,13 +14,14 @@ from runtime.client_core import (
     Complaint,
     Detached,
     Ended,
+    Replied,
     Room,
     State,
     Woken,
 )
 from runtime.errors import HelloRefused
 from runtime.message import Message, decode_batch, encode_message
-from tests.support.bus_pair import DATA, REQUEST, SIGNAL, Pair, RawBroker
+from tests.support.bus_pair import DATA, REPLY, REQUEST, SIGNAL, Pair, RawBroker, make_body
 
 
 def put(broker: RawBroker, count: int = 1, *, to: str = "x", priority: int = DATA, size: int = 0) -> list[object]:
@@ -420,3 +421,27 @@ def test_a_core_without_connection_keeps_what_it_is_given() -> None:
     assert core.out == []
     core.bye(leaving=True, now=1.0)
     assert core.out == []
+
+
+def test_only_who_was_asked_can_answer() -> None:
+    """Ids are a prefix and a counter: who has one message of ours can guess the next."""
+    broker = RawBroker()
+    broker.welcome()
+    broker.core.expect("question", "waiter", "oracle")
+    body = make_body(1, parent="question")
+    broker.deliver(
+        1, sender="liar", incarnation=b"L" * 16, priority=REPLY, flags=emp.REPLY, requester=b"R" * 16, body=body
+    )
+    assert not [event for event in broker.core.events if isinstance(event, Replied)]
+    assert broker.core.late_replies == 1
+    broker.deliver(1, lane=2, sender="oracle", priority=REPLY, flags=emp.REPLY, requester=b"R" * 16, body=body)
+    assert [event.sender for event in broker.core.events if isinstance(event, Replied)] == ["oracle"]
+
+
+def test_another_sender_with_the_same_incarnation_does_not_pass_for_it() -> None:
+    broker = RawBroker()
+    broker.welcome()
+    broker.deliver(1, 5, sender="thief", incarnation=b"S" * 16)
+    broker.deliver(1, 2, lane=2, sender="sender", incarnation=b"S" * 16)
+    arrived = [(event.header.sender, event.first) for event in broker.core.events if isinstance(event, Arrival)]
+    assert arrived == [("thief", 1), ("sender", 1)]
