@@ -58,6 +58,13 @@ def test_each_example_has_its_language_and_each_language_its_parts() -> None:
         assert f"| [{language.name}]({language.name}) |" in table
 
 
+def test_an_example_that_somebody_ends_with_sigterm_is_started_again() -> None:
+    # Unlike a module of the Python SDK it ends with 0, which supervisord would take for the wish to stay down.
+    for language in examples.LANGUAGES:
+        (conf,) = language.directory.glob("*-example.conf")
+        assert "\nautorestart=true\n" in conf.read_text(), conf
+
+
 def language(command: str, is_there: Callable[[], bool] = lambda: True) -> object:
     need = examples.Need("something", is_there, ())
     return examples.Language("c", "nothing", (need,), ("sh", "-c", command), ("c/none",))
