@@ -21,7 +21,11 @@ enum {
     LIVENESS_MS = 15000,
     HELLO_MS = 500,
     DRAIN_MS = 8000,
-    WINDOW = 256,      /* unsettled messages of a lane; the broker's own limit is taken when it is lower */
+    WORK_MS = 5,       /* of handling in one turn, then the socket is looked at again */
+    WINDOW = 4096,     /* unsettled messages of a lane; the broker's own limit is taken when it is lower */
+    MAX_BATCH = 1024,  /* messages; likewise */
+    ARRAY_HEADER = 3,  /* bytes before the messages of a batch, whose count is known when it goes */
+    RANDOM_BYTES = 4096,
     MAX_FLOORS = 1024, /* in one PING */
     INCARNATION = 16,
     EPOCH = 8,
@@ -29,22 +33,23 @@ enum {
     REASON_SIZE = 65
 };
 
+/* Messages of one lane under one header. It grows until it is sent, and never changes afterwards. */
 typedef struct batch {
     struct batch *next;
-    int64_t number;
+    int64_t number, count; /* of its first message */
     int flags;
-    bool has_requester;
+    bool is_sent, has_requester;
     uint8_t requester[INCARNATION];
-    msgpack_sbuffer body;
+    msgpack_sbuffer body; /* ARRAY_HEADER bytes of room, then the messages */
 } batch;
 
 typedef struct lane {
     struct lane *following;
     char destination[NAME_SIZE];
     int priority;
-    int64_t next;
+    int64_t floor, next;
     batch *first, *last;
-    size_t count, bytes;
+    size_t bytes; /* of the batches that are not settled as a whole */
 } lane;
 
 typedef struct {
@@ -64,6 +69,8 @@ typedef struct book {
     int64_t session;
     uint64_t lane;
     int64_t session_high, told;
+    bool is_owed; /* an ACK, with the others at the end of the turn */
+    struct book *owed;
 } book;
 
 /* One DELIVER whose messages wait to be handled. */
@@ -94,14 +101,17 @@ struct emp {
     uint8_t incarnation[INCARNATION], epoch[EPOCH];
     int64_t session, generation, heartbeat_ms, liveness_ms;
     int64_t nonce, pinged_at, ping_due, hello_due, taken_since, fresh_at; /* milliseconds; -1: not */
-    int64_t message_bytes, window_messages, window_bytes;
+    int64_t message_bytes, window_messages, window_bytes, batch_messages, batch_bytes;
     bool attached, draining;
     emp_state state;
     lane *lanes;
-    book *books;
+    book *books, *owed;
     known *generations;
     work *work_first, *work_last;
     const work *handling;
+    msgpack_sbuffer message; /* being written */
+    uint8_t random[RANDOM_BYTES];
+    size_t random_left;
 };
 
 /* --- small things ------------------------------------------------------------------------------------------- */
@@ -120,13 +130,24 @@ static void *must(void *memory) {
     return memory;
 }
 
-static void make_id(char id[37]) {
-    uint8_t b[16];
-    if (getrandom(b, sizeof b, 0) != (ssize_t)sizeof b) abort();
+/* A UUID of version 4. */
+static void make_id(emp *bus, char id[36]) {
+    static const char digits[] = "0123456789abcdef";
+    uint8_t *b;
+    if (bus->random_left == 0) {
+        for (size_t at = 0; at < RANDOM_BYTES; at += 256) /* so much comes whole, whatever signals do */
+            if (getrandom(bus->random + at, 256, 0) != 256) abort();
+        bus->random_left = RANDOM_BYTES;
+    }
+    bus->random_left -= 16;
+    b = bus->random + bus->random_left;
     b[6] = (b[6] & 0x0f) | 0x40;
     b[8] = (b[8] & 0x3f) | 0x80;
-    snprintf(id, 37, "%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", b[0], b[1], b[2], b[3], b[4],
-             b[5], b[6], b[7], b[8], b[9], b[10], b[11], b[12], b[13], b[14], b[15]);
+    for (int i = 0; i < 16; i++) {
+        if (i == 4 || i == 6 || i == 8 || i == 10) *id++ = '-';
+        *id++ = digits[b[i] >> 4];
+        *id++ = digits[b[i] & 15];
+    }
 }
 
 static void pack_text(msgpack_packer *p, const char *text, size_t size) {
@@ -188,18 +209,18 @@ char *emp_endpoint(void) {
 /* --- out ------------------------------------------------------------------------------------------------------ */
 
 /* Send verb, header and perhaps a body. Without a connection nothing is sent: WELCOME will bring it again. */
-static void put(emp *bus, const char *verb, const msgpack_sbuffer *header, const msgpack_sbuffer *body) {
+static void put(emp *bus, const char *verb, const msgpack_sbuffer *header, const void *body, size_t size) {
     if (zmq_send(bus->socket, verb, strlen(verb), ZMQ_SNDMORE | ZMQ_DONTWAIT) < 0) {
         bus->attached = false;
         return;
     }
     zmq_send(bus->socket, header->data, header->size, body != NULL ? ZMQ_SNDMORE : 0);
-    if (body != NULL) zmq_send(bus->socket, body->data, body->size, 0);
+    if (body != NULL) zmq_send(bus->socket, body, size, 0);
 }
 
-static int64_t floor_of(const lane *l) { return l->first != NULL ? l->first->number : l->next; }
-
 static void put_batch(emp *bus, const lane *l, batch *b) {
+    uint8_t *body = (uint8_t *)b->body.data;
+    size_t room = 0;
     msgpack_sbuffer header;
     msgpack_packer p;
     msgpack_sbuffer_init(&header);
@@ -208,15 +229,24 @@ static void put_batch(emp *bus, const lane *l, batch *b) {
     pack_string(&p, l->destination);
     msgpack_pack_int(&p, l->priority);
     msgpack_pack_int64(&p, b->number);
-    msgpack_pack_int(&p, 1);
-    msgpack_pack_int64(&p, floor_of(l));
+    msgpack_pack_int64(&p, b->count);
+    msgpack_pack_int64(&p, l->floor);
     msgpack_pack_int(&p, b->flags);
     msgpack_pack_nil(&p); /* ttl */
     if (b->has_requester)
         pack_bytes(&p, b->requester, INCARNATION);
     else
         msgpack_pack_nil(&p);
-    put(bus, "SEND/1", &header, &b->body);
+    if (b->count < 16) {
+        room = ARRAY_HEADER - 1;
+        body[room] = (uint8_t)(0x90 | b->count);
+    } else {
+        body[0] = 0xdc;
+        body[1] = (uint8_t)(b->count >> 8);
+        body[2] = (uint8_t)b->count;
+    }
+    put(bus, "SEND/1", &header, body + room, b->body.size - room);
+    b->is_sent = true;
     b->flags |= RESENT; /* if it goes once more */
     msgpack_sbuffer_destroy(&header);
 }
@@ -233,10 +263,10 @@ static void put_hello(emp *bus) {
     msgpack_pack_int64(&p, bus->generation);
     msgpack_pack_int64(&p, bus->liveness_ms);
     pack_string(&p, "c-example");
-    msgpack_pack_int(&p, 256);
-    msgpack_pack_int(&p, 1 << 20);
+    msgpack_pack_int(&p, 2048);
+    msgpack_pack_int(&p, 8 << 20);
     msgpack_pack_int(&p, (int)getpid());
-    put(bus, "HELLO/1", &header, NULL);
+    put(bus, "HELLO/1", &header, NULL, 0);
     msgpack_sbuffer_destroy(&header);
 }
 
@@ -262,7 +292,7 @@ static void put_ping(emp *bus, int64_t now) {
         msgpack_pack_int(&p, l->priority);
         msgpack_pack_int64(&p, l->next);
     }
-    put(bus, "PING/1", &header, NULL);
+    put(bus, "PING/1", &header, NULL, 0);
     msgpack_sbuffer_destroy(&header);
 }
 
@@ -277,7 +307,7 @@ static void put_end(emp *bus, const char *verb, bool is_bye) {
         msgpack_pack_false(&p);
     else
         msgpack_pack_int(&p, DRAIN_MS);
-    put(bus, verb, &header, NULL);
+    put(bus, verb, &header, NULL, 0);
     msgpack_sbuffer_destroy(&header);
 }
 
@@ -305,8 +335,28 @@ static void acknowledge(emp *bus, book *b) {
         pack_string(&p, b->failures[i].reason);
     }
     b->told = done;
-    put(bus, "ACK/1", &header, NULL);
+    put(bus, "ACK/1", &header, NULL, 0);
     msgpack_sbuffer_destroy(&header);
+}
+
+/* Something of the lane was finished, or has to be answered again. */
+static void owe(emp *bus, book *b) {
+    if (b->is_owed) return;
+    b->is_owed = true;
+    b->owed = bus->owed;
+    bus->owed = b;
+}
+
+/* What the turn has brought together: open batches, then ACKs. */
+static void flush(emp *bus) {
+    for (lane *l = bus->lanes; bus->attached && l != NULL; l = l->following)
+        if (l->last != NULL && !l->last->is_sent) put_batch(bus, l, l->last);
+    while (bus->owed != NULL) {
+        book *b = bus->owed;
+        bus->owed = b->owed;
+        b->is_owed = false;
+        acknowledge(bus, b);
+    }
 }
 
 static lane *lane_to(emp *bus, const char *destination, size_t size, int priority) {
@@ -317,38 +367,22 @@ static lane *lane_to(emp *bus, const char *destination, size_t size, int priorit
     l = must(calloc(1, sizeof *l));
     copy_text(l->destination, sizeof l->destination, (emp_text){destination, size});
     l->priority = priority;
-    l->next = 1;
+    l->next = l->floor = 1;
     l->following = bus->lanes;
     bus->lanes = l;
     return l;
 }
 
-/* Give the batch to its lane. */
-static int64_t enqueue(emp *bus, lane *l, batch *b) {
-    b->number = l->next++;
-    if (l->last != NULL)
-        l->last->next = b;
-    else
-        l->first = b;
-    l->last = b;
-    l->count++;
-    l->bytes += b->body.size;
-    if (bus->attached) put_batch(bus, l, b);
-    return b->number;
-}
-
-static batch *new_batch(const char *parent, size_t parent_size, emp_text source, emp_text group, emp_text resource,
-                        const char *operation, emp_text kind, const void *content, size_t size) {
-    char id[37];
+static void write_message(emp *bus, emp_text parent, emp_text source, emp_text group, emp_text resource,
+                          const char *operation, emp_text kind, const void *content, size_t size) {
+    char id[36];
     msgpack_packer p;
-    batch *b = must(calloc(1, sizeof *b));
-    make_id(id);
-    msgpack_sbuffer_init(&b->body);
-    msgpack_packer_init(&p, &b->body, msgpack_sbuffer_write);
-    msgpack_pack_array(&p, 1);
+    make_id(bus, id);
+    msgpack_sbuffer_clear(&bus->message);
+    msgpack_packer_init(&p, &bus->message, msgpack_sbuffer_write);
     msgpack_pack_array(&p, 11);
-    pack_string(&p, id);
-    pack_text(&p, parent, parent_size);
+    pack_text(&p, id, sizeof id);
+    pack_text(&p, parent.data, parent.size);
     msgpack_pack_int64(&p, clock_ms(CLOCK_REALTIME));
     msgpack_pack_false(&p);
     pack_string(&p, "");
@@ -358,7 +392,28 @@ static batch *new_batch(const char *parent, size_t parent_size, emp_text source,
     pack_string(&p, operation);
     pack_text(&p, kind.data, kind.size);
     pack_bytes(&p, content, size);
+}
+
+/* A new batch of the lane, without messages. */
+static batch *open_batch(lane *l) {
+    batch *b = must(calloc(1, sizeof *b));
+    b->number = l->next;
+    msgpack_sbuffer_init(&b->body);
+    msgpack_sbuffer_write(&b->body, "\0\0", ARRAY_HEADER);
+    if (l->last != NULL)
+        l->last->next = b;
+    else
+        l->first = b;
+    l->last = b;
     return b;
+}
+
+/* Give the written message to the batch. */
+static int64_t append(emp *bus, lane *l, batch *b) {
+    if (msgpack_sbuffer_write(&b->body, bus->message.data, bus->message.size) != 0) must(NULL);
+    b->count++;
+    l->bytes += bus->message.size;
+    return l->next++;
 }
 
 static void free_batch(batch *b) {
@@ -371,26 +426,34 @@ static emp_text of(const char *string) { return (emp_text){string ? string : "",
 int64_t emp_send(emp *bus, const char *destination, int priority, const emp_message *message) {
     lane *l;
     batch *b;
+    size_t size;
     if (strlen(destination) >= NAME_SIZE) return -1;
     l = lane_to(bus, destination, strlen(destination), priority);
-    if (l->count >= (size_t)bus->window_messages) return 0;
-    b = new_batch("", 0, of(message->source), of(message->group), of(message->resource), message->operation,
+    if (l->next - l->floor >= bus->window_messages) return 0;
+    write_message(bus, of(""), of(message->source), of(message->group), of(message->resource), message->operation,
                   of(message->kind ? message->kind : "json"), message->content, message->size);
-    if (b->body.size > (size_t)bus->message_bytes || (l->count > 0 && l->bytes + b->body.size > (size_t)bus->window_bytes)) {
-        bool is_too_large = b->body.size > (size_t)bus->message_bytes;
-        free_batch(b);
-        return is_too_large ? -1 : 0;
+    size = bus->message.size;
+    if (size > (size_t)bus->message_bytes) return -1;
+    if (l->first != NULL && l->bytes + size > (size_t)bus->window_bytes) return 0;
+    b = l->last;
+    if (b == NULL || b->is_sent || b->count >= bus->batch_messages ||
+        b->body.size - ARRAY_HEADER + size > (size_t)bus->batch_bytes) {
+        if (b != NULL && !b->is_sent && bus->attached) put_batch(bus, l, b);
+        b = open_batch(l);
     }
-    return enqueue(bus, l, b);
+    return append(bus, l, b);
 }
 
 void emp_reply(emp *bus, const emp_delivery *request, const void *content, size_t size) {
-    batch *b = new_batch(request->id.data, request->id.size, request->source, request->group, request->resource, "response",
-                         request->kind, content, size);
+    lane *l = lane_to(bus, request->sender.data, request->sender.size, REPLY_PRIORITY);
+    batch *b = open_batch(l);
+    write_message(bus, request->id, request->source, request->group, request->resource, "response", request->kind, content,
+                  size);
     b->flags = REPLY;
     b->has_requester = true;
     memcpy(b->requester, bus->handling->incarnation, INCARNATION);
-    enqueue(bus, lane_to(bus, request->sender.data, request->sender.size, REPLY_PRIORITY), b);
+    append(bus, l, b);
+    if (bus->attached) put_batch(bus, l, b);
 }
 
 /* --- in ------------------------------------------------------------------------------------------------------- */
@@ -414,6 +477,10 @@ static void on_welcome(emp *bus, const msgpack_object *header, int64_t now) {
         bus->message_bytes = integer(limits, 0);
         bus->window_messages = integer(limits, 1) < WINDOW ? integer(limits, 1) : WINDOW;
         bus->window_bytes = integer(limits, 2);
+    }
+    if (limits != NULL && limits->type == MSGPACK_OBJECT_ARRAY && limits->via.array.size >= 5) {
+        bus->batch_messages = integer(limits, 3) < MAX_BATCH ? integer(limits, 3) : MAX_BATCH;
+        bus->batch_bytes = integer(limits, 4);
     }
     for (lane *l = bus->lanes; l != NULL; l = l->following) /* everything unsettled, in order (rule 4) */
         for (batch *b = l->first; b != NULL; b = b->next) put_batch(bus, l, b);
@@ -444,24 +511,24 @@ static void on_settled(emp *bus, const msgpack_object *header) {
     while (l != NULL && (l->priority != priority || strlen(l->destination) != destination.size ||
                          memcmp(l->destination, destination.data, destination.size) != 0))
         l = l->following;
-    if (l == NULL || cumulative < floor_of(l) || cumulative >= l->next) return;
-    while (l->first != NULL && l->first->number <= cumulative) {
+    if (l == NULL || cumulative < l->floor || cumulative >= l->next) return;
+    for (; l->floor <= cumulative; l->floor++) {
         batch *b = l->first;
         char reason[REASON_SIZE];
         bool is_refused = false;
-        l->first = b->next;
-        if (l->first == NULL) l->last = NULL;
-        l->count--;
-        l->bytes -= b->body.size;
         for (uint32_t i = 0; exceptions != NULL && exceptions->type == MSGPACK_OBJECT_ARRAY && i < exceptions->via.array.size;
              i++) {
             const msgpack_object *exception = &exceptions->via.array.ptr[i];
-            if (integer(exception, 0) != b->number) continue;
+            if (integer(exception, 0) != l->floor) continue;
             if (!copy_text(reason, sizeof reason, text(exception, 1))) strcpy(reason, "failed");
             is_refused = true;
         }
         if (bus->settled != NULL && l->priority != REPLY_PRIORITY)
-            bus->settled(bus, l->destination, b->number, is_refused ? reason : NULL, bus->context);
+            bus->settled(bus, l->destination, l->floor, is_refused ? reason : NULL, bus->context);
+        if (l->floor < b->number + b->count - 1) continue; /* it stays whole until its last is settled */
+        l->first = b->next;
+        if (l->first == NULL) l->last = NULL;
+        l->bytes -= b->body.size - ARRAY_HEADER;
         free_batch(b);
     }
 }
@@ -570,7 +637,7 @@ static void on_deliver(emp *bus, const msgpack_object *header, const void *body,
             bus->work_first = w;
         bus->work_last = w;
     }
-    acknowledge(bus, b);
+    owe(bus, b);
 }
 
 static void read_frames(emp *bus, zmq_msg_t *frames, int count, int64_t now) {
@@ -660,7 +727,7 @@ static void work_one(emp *bus) {
     } /* this client asks nobody: a reply is acknowledged and forgotten */
     if (reason != NULL) fail(b, w->number, of(reason));
     b->done = w->number++;
-    acknowledge(bus, b);
+    owe(bus, b);
     if (w->number <= w->last) return;
     bus->work_first = w->following;
     if (bus->work_first == NULL) bus->work_last = NULL;
@@ -687,9 +754,14 @@ emp_state emp_turn(emp *bus, int wait_ms) {
     due = bus->attached ? bus->ping_due : bus->hello_due;
     if (bus->attached && bus->pinged_at >= 0) due = bus->pinged_at + bus->liveness_ms;
     if (due - now < wait_ms) wait_ms = due > now ? (int)(due - now) : 0;
+    flush(bus);
     zmq_poll(&item, 1, may_work(bus, now) ? 0 : wait_ms);
     read_all(bus);
-    if (bus->state == EMP_RUNNING && may_work(bus, clock_ms(CLOCK_MONOTONIC))) work_one(bus);
+    now = clock_ms(CLOCK_MONOTONIC);
+    for (int64_t until = now + WORK_MS; bus->state == EMP_RUNNING && now < until && may_work(bus, now);
+         now = clock_ms(CLOCK_MONOTONIC))
+        work_one(bus);
+    if (bus->state == EMP_RUNNING) flush(bus);
     return bus->state;
 }
 
@@ -712,6 +784,9 @@ emp *emp_open(const char *name, const char *endpoint, emp_handler handle, emp_se
     bus->liveness_ms = LIVENESS_MS;
     bus->message_bytes = bus->window_bytes = 1 << 20; /* little, until WELCOME tells */
     bus->window_messages = 64;
+    bus->batch_messages = 64;
+    bus->batch_bytes = 1 << 18;
+    msgpack_sbuffer_init(&bus->message);
     bus->zmq = zmq_ctx_new();
     bus->socket = zmq_socket(bus->zmq, ZMQ_DEALER);
     for (size_t i = 0; bus->socket != NULL && i < sizeof options / sizeof *options; i++)
@@ -734,6 +809,8 @@ void emp_drain(emp *bus) {
     bus->draining = true;
 }
 
+bool emp_is_attached(const emp *bus) { return bus->attached && bus->fresh_at >= 0; }
+
 bool emp_is_idle(const emp *bus) {
     for (const lane *l = bus->lanes; l != NULL; l = l->following)
         if (l->first != NULL) return false;
@@ -741,7 +818,11 @@ bool emp_is_idle(const emp *bus) {
 }
 
 void emp_close(emp *bus) {
-    if (bus->attached && bus->state == EMP_RUNNING) put_end(bus, "BYE/1", true);
+    if (bus->attached && bus->state == EMP_RUNNING) {
+        flush(bus);
+        put_end(bus, "BYE/1", true);
+    }
+    msgpack_sbuffer_destroy(&bus->message);
     zmq_close(bus->socket);
     zmq_ctx_term(bus->zmq);
     while (bus->lanes != NULL) {

@@ -1,8 +1,8 @@
 /* A client of EMP/1, the Edge Module Protocol of edgezmq (docs/emp.md). Copy emp.h and emp.c into a module of your own;
  * they need libzmq and msgpack-c.
  *
- * One thread, one message at a time: emp_turn() reads, handles at most one message and returns. So a handler must not
- * wait for another module's answer. Nothing has to be stored: what was sent is kept until the broker says that it is
+ * One thread, one message at a time: emp_turn() sends, reads, handles messages for some milliseconds and returns. So a
+ * handler must not wait for another module's answer. Nothing has to be stored: what was sent is kept until the broker says that it is
  * settled, and sent again after every reconnect.
  */
 #ifndef EMP_H
@@ -58,16 +58,20 @@ emp *emp_open(const char *name, const char *endpoint, emp_handler handle, emp_se
 /* Before the first turn: the broker may give us up when it has heard nothing for so long. 15 s if not set. */
 void emp_set_liveness(emp *bus, int ms);
 
-/* Read what there is, keep up with the broker, handle at most one message. Waits at most wait_ms when there is
- * nothing to do. */
+/* Send what was given to emp_send, read what there is, keep up with the broker, handle messages: for 5 ms, or one that
+ * takes longer. Waits at most wait_ms when there is nothing to do. */
 emp_state emp_turn(emp *bus, int wait_ms);
 
 /* The number of the message in its lane; 0 when the lane's window is full (try again after a turn); -1 when the
- * message is larger than the broker allows. */
+ * message is larger than the broker allows. It goes with the next turn, together with others for the same destination
+ * and priority, or at once when they make a full batch. */
 int64_t emp_send(emp *bus, const char *destination, int priority, const emp_message *message);
 
 /* In a handler: answer the request with this content, of the request's kind. */
 void emp_reply(emp *bus, const emp_delivery *request, const void *content, size_t size);
+
+/* Whether the broker has taken us, and answers. */
+bool emp_is_attached(const emp *bus);
 
 /* Ask for nothing new; go on with turns until emp_is_idle, or as long as there is time, then emp_close. */
 void emp_drain(emp *bus);
