@@ -13,8 +13,10 @@ import (
 	"errors"
 	"fmt"
 	"log"
+	"math"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -45,6 +47,7 @@ const (
 	window        = 1024    // unsettled messages of a lane; the broker's own limit is taken when it is lower
 	windowBytes   = 1 << 20 // likewise, before WELCOME has told one
 	maxFloors     = 1024    // in one PING
+	maxBooks      = 4096    // of lanes towards us, and as many senders
 	retries       = 2       // of a handler that fails
 )
 
@@ -166,6 +169,7 @@ func (l *lane) floor() int64 {
 }
 
 type bookKey struct {
+	sender      string // the broker vouches for it; an incarnation others can say too
 	incarnation string
 	destination string
 	priority    int
@@ -187,6 +191,13 @@ type book struct {
 	sessionHigh, told int64
 	queue             []*item
 	busy              bool
+	used              int64 // the number of the last DELIVER that was for it
+}
+
+// waiter is who waits for the reply to one request.
+type waiter struct {
+	asked  string // only this module's reply counts; empty: a group was asked
+	answer chan *Delivery
 }
 
 // Client is one module on the bus.
@@ -216,7 +227,8 @@ type Client struct {
 	lanes       map[laneKey]*lane
 	books       map[bookKey]*book
 	generations map[string]int64
-	waiters     map[string]chan *Delivery
+	delivered   int64 // how many DELIVERs came
+	waiters     map[string]waiter
 	handlers    sync.WaitGroup
 	ctx         context.Context
 }
@@ -239,7 +251,7 @@ func New(options Options) *Client {
 		lanes:       map[laneKey]*lane{},
 		books:       map[bookKey]*book{},
 		generations: map[string]int64{},
-		waiters:     map[string]chan *Delivery{},
+		waiters:     map[string]waiter{},
 	}
 	c.room, c.freshened = sync.NewCond(&c.mu), sync.NewCond(&c.mu)
 	return c
@@ -363,8 +375,12 @@ func (c *Client) Request(ctx context.Context, to string, message Message) (*Deli
 		message.ID = NewID()
 	}
 	answer := make(chan *Delivery, 1)
+	asked := to
+	if strings.HasPrefix(to, "@") {
+		asked = ""
+	}
 	c.mu.Lock()
-	c.waiters[message.ID] = answer // before the question goes
+	c.waiters[message.ID] = waiter{asked, answer} // before the question goes
 	c.mu.Unlock()
 	defer func() {
 		c.mu.Lock()
@@ -664,21 +680,28 @@ func (c *Client) onDeliver(h header, body []byte) {
 		log.Printf("emp: a DELIVER that makes no sense: first %d count %d from %d floor %d", first, count, from, floor)
 		return
 	}
-	key := bookKey{string(incarnation), h.str(5), int(h.int(6))}
+	key := bookKey{sender, string(incarnation), h.str(5), int(h.int(6))}
 	b := c.books[key]
 	if b == nil {
 		b = &book{base: floor, high: floor - 1, done: floor - 1, finished: map[int64]bool{}, failed: map[int64]string{}}
 		known := c.generations[sender]
-		if generation < known && flags&(flagReply|flagFromStore) == 0 { // rule 20
+		counts := flags&(flagReply|flagFromStore) == 0
+		if counts && generation < known { // rule 20
 			b.high, b.done = last, last
 			for number := from; number <= last; number++ {
 				b.failed[number] = "fenced"
 			}
 		} else {
-			c.generations[sender] = max(generation, known)
+			if counts && generation > known {
+				c.forgetOlder(sender, key.incarnation)
+				c.generations[sender] = generation
+			}
+			c.forgetUnused()
 			c.books[key] = b
 		}
 	}
+	c.delivered++
+	b.used = c.delivered
 	for number := range b.failed {
 		if number < floor {
 			delete(b.failed, number)
@@ -718,9 +741,10 @@ func (c *Client) onDeliver(h header, body []byte) {
 		switch {
 		case i.isReply:
 			if i.delivery != nil {
-				if waiter := c.waiters[i.delivery.ParentID]; waiter != nil {
+				// Ids can be guessed from earlier ones: a reply of another than was asked is none.
+				if w, ok := c.waiters[i.delivery.ParentID]; ok && (w.asked == "" || w.asked == sender) {
 					select {
-					case waiter <- i.delivery:
+					case w.answer <- i.delivery:
 					default: // a second answer: taken and forgotten
 					}
 				}
@@ -732,6 +756,46 @@ func (c *Client) onDeliver(h header, body []byte) {
 		}
 	}
 	c.acknowledge(b)
+}
+
+// forgetOlder drops the books of a sender's earlier processes: the broker delivers a newer one's messages only when all
+// of the older ones' were acknowledged (rules 18 and 19).
+func (c *Client) forgetOlder(sender, incarnation string) {
+	for key, b := range c.books {
+		if key.sender == sender && key.incarnation != incarnation && b.isIdle() {
+			delete(c.books, key)
+		}
+	}
+}
+
+// forgetUnused makes room for one more book and one more name, those unused longest first. What is forgotten too early
+// can lead to a repeat, never to a loss (rule 18).
+func (c *Client) forgetUnused() {
+	for len(c.books) >= maxBooks {
+		var oldest bookKey
+		used := int64(math.MaxInt64)
+		for key, b := range c.books {
+			if b.used < used && b.isIdle() {
+				oldest, used = key, b.used
+			}
+		}
+		if used == math.MaxInt64 {
+			break // all are in use
+		}
+		delete(c.books, oldest)
+	}
+	if len(c.generations) < maxBooks {
+		return
+	}
+	present := map[string]bool{}
+	for key := range c.books {
+		present[key.sender] = true
+	}
+	for sender := range c.generations {
+		if !present[sender] {
+			delete(c.generations, sender)
+		}
+	}
 }
 
 // work has an item handled: a request in a goroutine of its own, others in their order.
@@ -844,6 +908,11 @@ func (b *book) finish(number int64, reason string) {
 	}
 	b.finished[number] = true
 	b.advance()
+}
+
+// isIdle: all that came has its outcome.
+func (b *book) isIdle() bool {
+	return b.done == b.high && len(b.queue) == 0
 }
 
 func (b *book) advance() {
