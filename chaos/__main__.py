@@ -11,16 +11,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from statistics import median
 from typing import Any, Final
 
 from chaos.account import percentile
+from chaos.build import NotBuilt, build
 from chaos.disk import build_shim
 from chaos.harms import Cell, cells_of
 from chaos.load import Load
+from chaos.mixed import MODULES
 from chaos.rig import Rig, RigBroken
 from chaos.run import QUICK, Pace, Result, as_json, measure_capacity, run_cell, work
 from chaos.table import render
@@ -38,10 +41,38 @@ REPEATS: Final = 2
 "Of a cell whose ratio is beyond the bar: one cell's p99 rests on some twenty requests, the median of three counts."
 
 
+@dataclass(frozen=True)
+class Programs:
+    """What a run builds at its start; for each what is not there, why."""
+
+    shim: Path | None
+    why_no_shim: str
+    mixed: Mapping[str, Path]
+    "The Go and the C module; empty where they could not be built."
+    why_not_mixed: str
+
+    @classmethod
+    def built(cls, directory: Path) -> Programs:
+        shim, why_no_shim = None, ""
+        mixed: Mapping[str, Path] = {}
+        why_not_mixed = ""
+        try:
+            shim = build_shim(directory)
+        except (OSError, subprocess.CalledProcessError) as fault:
+            why_no_shim = f"the shim could not be built: {fault}"
+            say(why_no_shim)
+        try:
+            mixed = build(directory)
+        except NotBuilt as fault:
+            why_not_mixed = f"the Go and the C module could not be built: {fault}"
+            say(f"{why_not_mixed}. The node runs without them")
+        return cls(shim, why_no_shim, mixed, why_not_mixed)
+
+
 class Run:
     """All cells of one call, over as many rigs as it takes."""
 
-    def __init__(self, options: argparse.Namespace, directory: Path, shim: Path | None, why_no_shim: str) -> None:
+    def __init__(self, options: argparse.Namespace, directory: Path, programs: Programs) -> None:
         self.results: list[Result] = []
         self.calm: list[float] = []
         self.rates = (0.0, 0.0)
@@ -49,8 +80,7 @@ class Run:
         self.rigs = 0
         self._options = options
         self._directory = directory
-        self._shim = shim
-        self._why_no_shim = why_no_shim
+        self._programs = programs
         self._rig: Rig | None = None
         self._load: Load | None = None
         self._pace = QUICK if options.quick else Pace()
@@ -76,8 +106,10 @@ class Run:
     def _attempt(self, cell: Cell, chance: Random) -> Result:
         """On a fresh rig where the last one cannot serve. Never raises for a rig that breaks."""
         result = Result(cell.victim, cell.harm.name)
-        if cell.harm.needs_shim and self._shim is None:
-            result.why_not = self._why_no_shim
+        if cell.harm.needs_shim and self._programs.shim is None:
+            result.why_not = self._programs.why_no_shim
+        elif cell.victim in MODULES and not self._programs.mixed:
+            result.why_not = self._programs.why_not_mixed
         else:
             try:
                 rig, load = self._whole_rig()
@@ -95,7 +127,7 @@ class Run:
         if self._rig is None or self._load is None:
             self.rigs += 1
             directory = self._directory / str(self.rigs)
-            self._rig = rig = Rig(directory, self._shim, self._options.link)
+            self._rig = rig = Rig(directory, self._programs.shim, self._options.link, self._programs.mixed)
             rig.start()
             self._load = load = Load(rig)
             self._warm(rig, load)
@@ -106,9 +138,10 @@ class Run:
     def _warm(self, rig: Rig, load: Load) -> None:
         """Until a message has crossed the node in each direction."""
         load.set_rates(20.0, 20.0, others=True)
-        work(rig, load, lambda: bool(load.uploads.came_at and load.commands.came_at and load.kept.came_at), 30.0)
-        if not load.uploads.came_at or not load.commands.came_at:
-            raise RigBroken("no message crosses the fresh node")
+        flows = (load.uploads, load.commands, load.kept, *load.mixed.flows.values())
+        work(rig, load, lambda: all(flow.came_at for flow in flows), 30.0)
+        if not all(flow.came_at for flow in flows):
+            raise RigBroken("no message crosses the fresh node, or not in every way")
         load.set_rates(0.0, 0.0, others=False)
         work(rig, load, load.is_settled, 10.0)
 
@@ -161,6 +194,8 @@ class Run:
         return {
             "seed": seed,
             "link": self._options.link,
+            "mixed": bool(self._programs.mixed),
+            "why_not_mixed": self._programs.why_not_mixed,
             "seconds": round(seconds, 1),
             "capacity_uploads_per_s": round(self.capacity[0]),
             "capacity_commands_per_s": round(self.capacity[1]),
@@ -238,13 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     directory = Path(tempfile.mkdtemp(prefix="ezc-", dir="/tmp"))
     started = time.monotonic()
     say(f"seed {seed}, {len(cells)} cells, link {options.link}")
-    shim, why = None, ""
-    try:
-        shim = build_shim(directory)
-    except (OSError, subprocess.CalledProcessError) as fault:
-        why = f"the shim could not be built: {fault}"
-        say(why)
-    run = Run(options, directory, shim, why)
+    run = Run(options, directory, Programs.built(directory))
     status = 1
     try:
         for number, cell in enumerate(cells, 1):

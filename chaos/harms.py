@@ -6,21 +6,20 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from random import Random
 from typing import Final
 
 from chaos.load import Load
+from chaos.mixed import GO, C
 from chaos.rig import PROGRAMS, Rig
 from demo.around import QUIC
 
 EVERYTHING: Final = "everything"
-ALL_PROCESSES: Final = ("supervisord", *PROGRAMS, "mosquitto", "cloudsim")
-SHIMMED: Final = ("supervisord", *PROGRAMS, "mosquitto")
+SHIMMED: Final = ("supervisord", *PROGRAMS, C, "mosquitto")
+"Go asks the kernel itself, past libc: the shim is not in its way."
 _DAY_SECONDS: Final = 86_400.0
 
 PAIR_CARRIERS: Final = frozenset({"broker", "supervisord", EVERYTHING})
@@ -47,7 +46,9 @@ class Scene:
     continued_at: float = float("inf")
 
     def pids(self) -> list[int]:
-        names = ALL_PROCESSES if self.victim == EVERYTHING else (self.victim,)
+        names: Sequence[str] = (self.victim,)
+        if self.victim == EVERYTHING:
+            names = ("supervisord", *self.rig.programs, "mosquitto", "cloudsim")
         return [pid for pid in map(self.rig.pid, names) if pid]
 
     def signal(self, number: signal.Signals) -> None:
@@ -128,9 +129,8 @@ def _stop_and_replace(scene: Scene) -> None:
         "EDGEZMQ_BUS": f"ipc://{scene.rig.home.bus_socket}",
         "CHAOS_RECORD": str(scene.rig.record),
     }
-    worker = Path(__file__).with_name("worker.py")
     with (scene.rig.log / "spare.log").open("ab") as log:
-        scene.spare = subprocess.Popen([sys.executable, str(worker), scene.victim], env=environment, stderr=log)
+        scene.spare = subprocess.Popen(scene.rig.command(scene.victim), env=environment, stderr=log)
 
 
 def _continue_and_let_go(scene: Scene) -> None:
@@ -214,8 +214,8 @@ SIGTERM: Final = Harm("SIGTERM", _terminate, is_kill=True)
 SIGSTOP: Final = Harm("SIGSTOP", _stop, _continue, (2.0, 4.0))
 SIGSTOP_LONG: Final = Harm("SIGSTOP until killed", _stop, _continue, (7.0, 8.0))
 SIGSTOP_PAST_LIVENESS: Final = Harm("SIGSTOP past liveness", _stop_unwatched, _continue, (15.5, 16.5))
-"The liveness time of a module is 15 s, unless it says otherwise; keeper says 3 s."
-SIGSTOP_PAST_KEEPERS: Final = replace(SIGSTOP_PAST_LIVENESS, hold_seconds=(4.0, 5.0))
+"The liveness time of a module is 15 s, unless it says otherwise; keeper, the Go and the C module say 3 s."
+SIGSTOP_PAST_3_S: Final = replace(SIGSTOP_PAST_LIVENESS, hold_seconds=(4.0, 5.0))
 SIGSTOP_REPLACED: Final = Harm("SIGSTOP replaced", _stop_and_replace, _continue_and_let_go, (3.5, 4.0), must_fence=True)
 SIGKILL_OFFLINE: Final = Harm("SIGKILL offline", _kill, _order("pass"), (1.0, 2.0), is_kill=False, offline_seconds=2.5)
 DISK_FULL: Final = Harm("disk full", _fill_disk, _free_disk, (5.5, 6.0), needs_shim=True, has_to_write=True)
@@ -258,13 +258,16 @@ POWER_LOSS_OFFLINE: Final = Harm(
 
 _SIGNALS: Final = (SIGKILL, SIGSTOP, SIGTERM)
 _CLOCKS: Final = (CLOCK_FORWARD, CLOCK_BACK)
+_MIXED: Final = (*_SIGNALS, SIGSTOP_LONG, SIGSTOP_PAST_3_S, SIGSTOP_REPLACED)
 
 _MATRIX: Final[Sequence[tuple[str, Sequence[Harm]]]] = (
     ("broker", (*_SIGNALS, SIGSTOP_LONG, SIGSTOP_PAST_LIVENESS, SIGKILL_DISK_FULL, *_CLOCKS)),
     ("edgehub", (*_SIGNALS, SIGSTOP_PAST_LIVENESS, SIGKILL_OFFLINE, SIGKILL_DISK_FULL, DISK_FULL_OFFLINE, *_CLOCKS)),
     ("eventbus", (*_SIGNALS, SIGSTOP_PAST_LIVENESS, SIGKILL_DISK_FULL, *_CLOCKS)),
-    ("keeper", (*_SIGNALS, SIGSTOP_LONG, SIGSTOP_PAST_KEEPERS, SIGSTOP_REPLACED, SIGKILL_DISK_FULL, CLOCK_FORWARD)),
+    ("keeper", (*_SIGNALS, SIGSTOP_LONG, SIGSTOP_PAST_3_S, SIGSTOP_REPLACED, SIGKILL_DISK_FULL, CLOCK_FORWARD)),
     ("maker", (*_SIGNALS, SIGKILL_DISK_FULL)),
+    (GO, _MIXED),
+    (C, _MIXED),
     ("watchdog", (*_SIGNALS, SIGKILL_DISK_FULL, *_CLOCKS)),
     ("supervisord", (*_SIGNALS, DISK_FULL_OF_LOGS, *_CLOCKS)),
     ("mosquitto", (*_SIGNALS, DISK_FULL, CLOCK_FORWARD)),

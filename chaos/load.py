@@ -1,7 +1,8 @@
 """The load on a rig, in both directions, and what is read of its fate. Used from one thread.
 
 Devices publish at QoS 1; the cloud application sends commands and asks again until the device's answer has come up;
-the cloud sends objects that need an ACK; maker, a user's module, sends to keeper and to the cloud.
+the cloud sends objects that need an ACK; maker, a user's module, sends to keeper and to the cloud; the Go and the C
+module to each other and to the cloud.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
 
 from chaos.account import Flow
+from chaos.mixed import FELLOWS, Exchange, sender_of, way_in, way_out
 from chaos.places import NODE
 from chaos.rig import Rig
 from chaos.tail import Tail
@@ -35,6 +37,8 @@ OUTSTANDING_COMMANDS: Final = 1500
 OBJECTS_PER_SECOND: Final = 20.0
 KEPT_PER_SECOND: Final = 100.0
 UPLOADED_PER_SECOND: Final = 50.0
+MIXED_PER_SECOND: Final = 25.0
+"Of each flow of the Go and the C module."
 DEVICES: Final = 2
 _HTTP_SECONDS: Final = 2.0
 _HTTP_PAUSE_SECONDS: Final = 0.3
@@ -97,6 +101,8 @@ class Load:
         self._maker = Tail(rig.record / "maker")
         self._keeper = Tail(rig.record / "keeper")
         self._asker = Tail(rig.record / "asker")
+        self._mixed = [Tail(rig.record / name) for name in rig.foreign]
+        self._handled = [Tail(rig.record / f"{name}.handled") for name in rig.foreign]
         self._mqtt = Tail(rig.record / "mqtt")
         self.latencies: list[tuple[float, float]] = []
         "Of the unrelated pair: when asked, seconds until answered."
@@ -114,6 +120,8 @@ class Load:
         "From the device; its answers to commands; of maker to the cloud."
         self.commands, self.kept, self.objects = Flow(), Flow(), Flow()
         "Every single asking of the cloud application; of maker to keeper; objects of the cluster."
+        self.mixed = Exchange() if self._rig.foreign else Exchange({})
+        "Of the Go and the C module."
         self.answered = 0
         "Commands, however often they had to be asked."
         self.cuts: list[float] = []
@@ -149,7 +157,8 @@ class Load:
     def set_rates(self, uploads: float, commands: float, *, others: bool) -> None:
         self.upload_rate, self.command_rate = uploads, commands
         self.object_rate = OBJECTS_PER_SECOND if others else 0.0
-        self._rig.set_rates(*((KEPT_PER_SECOND, UPLOADED_PER_SECOND) if others else (0.0, 0.0)))
+        rates = (KEPT_PER_SECOND, UPLOADED_PER_SECOND, MIXED_PER_SECOND)
+        self._rig.set_rates(*(rates if others else (0.0, 0.0, 0.0)))
         self._last = time.monotonic()
 
     # --- sending ------------------------------------------------------------------------------------------
@@ -289,10 +298,18 @@ class Load:
                 self.sessions_lost.append(float(when))
             elif kind == "B":
                 self.subscribed.append(float(when))
-        # What maker sends is in its file before it is sent: with that file read last nothing unknown arrives.
+        # What a module sends is in its file before it is sent: with that file read last nothing unknown arrives.
         arrived, kept = self._cloud.lines(), self._keeper.lines()
+        handled = [line for tail in self._handled for line in tail.lines()]
         for line in self._maker.lines():
             self._from_maker(line.decode().split(" "))
+        for tail in self._mixed:
+            for line in tail.lines():
+                reason = self.mixed.sent(line.decode().split(" "))
+                if reason is not None:
+                    self.refusals[reason] = self.refusals.get(reason, 0) + 1
+        for line in handled:
+            self._handled_by_mixed(line.decode().split(" "))
         for line in arrived:
             self._from_cloud(line.decode().split(" "))
         for line in kept:
@@ -332,6 +349,10 @@ class Load:
             return
         message_id, crc, token = words[2], int(words[3]), words[4]
         kind, mark, device, _, _ = token.split(".")
+        if self.mixed.has_arrived(token, at, message_id=message_id):
+            if at > self.watched_from:
+                self._seen(way_out(sender_of(token)), self.mixed.sent_at(token), at)
+            return
         if kind == "m":
             key = token[4:-1]  # m.x.GENERATION.NUMBER.
             if key in self.made.sent_at:
@@ -363,6 +384,14 @@ class Load:
         elif words[0].startswith("X"):
             self.refusals[words[0][2:]] = self.refusals.get(words[0][2:], 0) + 1
 
+    def _handled_by_mixed(self, words: list[str]) -> None:
+        token, is_marked, pid, at = words[1], words[2] == "1", int(words[3]), float(words[4])
+        self.handled.append((pid, at))
+        if self.mixed.has_arrived(token, at, is_marked=is_marked):
+            self.last_progress = time.monotonic()
+            if at > self.watched_from:
+                self._seen(way_in(FELLOWS[sender_of(token)]), self.mixed.sent_at(token), at)
+
     def watch(self, since: float) -> None:
         """From now on `first` fills."""
         self.watched_from = since
@@ -385,6 +414,7 @@ class Load:
             len(self.uploads.accepted_at) != len(self.uploads.sent_at)
             or len(self.answers.accepted_at) != len(self.answers.sent_at)
             or self.asked
+            or not self.mixed.is_settled()
             or any(flow.missing() for flow in (self.made, self.kept, self.objects))
         ):
             return False

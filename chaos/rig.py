@@ -1,7 +1,7 @@
 """One node with everything around it, made to be broken: supervisord's tree, mosquitto, cloudsim, two relays.
 
 device ── mosquitto ── relay ── eventbus ── broker ── edgehub ── relay ── cloudsim
-                                maker, keeper, asker, answerer on the same broker
+                                maker, keeper, asker, answerer and the Go and the C module on the same broker
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from chaos.disk import Control, Disk
+from chaos.mixed import FELLOWS, WORDS
 from chaos.places import NODE
 from chaos.tail import Tail
 from demo.around import QUIC, WSS, edgecore, find_mosquitto, free_port, listens, mosquitto_conf
@@ -36,8 +37,9 @@ from runtime.supervisord import Supervisor, SupervisorError
 START_SECONDS: Final = 30.0
 RESTART_SECONDS: Final = 0.3
 "Pause before a dead supervisord, mosquitto or cloudsim is started again: what a service manager would do."
-PROGRAMS: Final = ("broker", "edgehub", "eventbus", "watchdog", "maker", "keeper", "asker", "answerer")
 MODULES: Final = ("maker", "keeper", "asker", "answerer")
+PROGRAMS: Final = ("broker", "edgehub", "eventbus", "watchdog", *MODULES)
+"Of every node; `Rig.programs` has the Go and the C module besides, where they could be built."
 NODE_LOCK: Final = "node"
 ELSEWHERE_NICE: Final = 10
 LEDGER_SECONDS: Final = 5.0
@@ -51,15 +53,15 @@ set_tcp_nodelay true
 
 RUNTIME: Final = """\
 runtime:
-  modules: {keeper: {groups: [meta]}, maker: {}, asker: {}, answerer: {}}
-  eventbus: {keepaliveSeconds: 5} # a silent MQTT broker is found in seconds, not in a minute
-  watchdog: {brokerSilenceSeconds: 3}
+  modules: {{keeper: {{groups: [meta]}}, {others}}}
+  eventbus: {{keepaliveSeconds: 5}} # a silent MQTT broker is found in seconds, not in a minute
+  watchdog: {{brokerSilenceSeconds: 3}}
 """
 
 PROGRAM: Final = """\
 [program:{name}]
-command="%(ENV_EDGEZMQ_PYTHON)s" "{worker}" {name}
-autorestart=unexpected
+command={command}
+autorestart={autorestart}
 exitcodes=0
 startsecs=1
 startretries=20
@@ -133,8 +135,12 @@ class Relay:
 class Rig:
     """`start`, then break it; `tend` it now and then; `close` leaves no process behind."""
 
-    def __init__(self, directory: Path, shim: Path | None, link: str = WSS) -> None:
-        """`link`: what joins edgehub and the cloud, `wss` or `quic`."""
+    def __init__(
+        self, directory: Path, shim: Path | None, link: str = WSS, foreign: Mapping[str, Path] | None = None
+    ) -> None:
+        """`link`: what joins edgehub and the cloud, `wss` or `quic`. `foreign`: those of chaos.mixed, by name."""
+        self.foreign = foreign or {}
+        self.programs = (*PROGRAMS, *self.foreign)
         self.directory = directory
         self.protocol = link
         self.disk = Disk(directory / "disk", directory / "shadow")
@@ -174,14 +180,14 @@ class Rig:
         self._mqtt_directory.mkdir(mode=0o700)
         self.home.prepare()
         self.mqtt_port, self.control_port, self._cloud_port = free_port(), free_port(), free_port()
-        self.set_rates(0.0, 0.0)
+        self.set_rates(0.0, 0.0, 0.0)
         self._start_cloud()
         self._start_mqtt_conf()
         self.link = Relay(0, self._cloud_port, self.log / "link.log", is_udp=self.protocol == QUIC)
         self.mqtt_link = Relay(0, self.mqtt_port, self.log / "mqtt-link.log", self.record / "mqtt")
-        worker = Path(__file__).with_name("worker.py")
-        for name in MODULES:
-            (self.home.modules / f"{name}.conf").write_text(PROGRAM.format(name=name, worker=worker))
+        for name in (*MODULES, *self.foreign):
+            (self.home.modules / f"{name}.conf").write_text(self._program(name))
+        others = ", ".join(f"{name}: {{}}" for name in (*MODULES, *self.foreign) if name != "keeper")
         (self.home.path / "edgecore.yaml").write_text(
             edgecore(
                 NODE,
@@ -189,7 +195,7 @@ class Rig:
                 cloud_port=self.link.port,
                 mqtt_port=self.mqtt_link.port,
                 link=self.protocol,
-                more=RUNTIME,
+                more=RUNTIME.format(others=others),
             )
         )
         if self.shim is not None:
@@ -197,6 +203,29 @@ class Rig:
         self._start_mqtt()
         self._start_node()
         self._wait(self.is_whole, "the node's programs")
+
+    def command(self, name: str) -> Sequence[str]:
+        """What a user's module is started with."""
+        if name in self.foreign:
+            return [str(self.foreign[name]), name, FELLOWS[name], WORDS[name]]
+        return [sys.executable, str(Path(__file__).with_name("worker.py")), name]
+
+    def _program(self, name: str) -> str:
+        """Its part of supervisord's configuration.
+
+        A foreign module takes the lock of its name through `edgezmq exec`, and ends with 0 on SIGTERM, as those
+        in examples/ do (docs/operations.md).
+        """
+        autorestart = "true" if name in self.foreign else "unexpected"
+        return PROGRAM.format(name=name, command=self._line(name), autorestart=autorestart)
+
+    def _line(self, name: str) -> str:
+        python = '"%(ENV_EDGEZMQ_PYTHON)s"'
+        if name in self.foreign:
+            program, *words = self.command(name)
+            return f'{python} -m runtime.exec --name {name} -- "{program}" {" ".join(words)}'
+        _, worker, word = self.command(name)
+        return f'{python} "{worker}" {word}'
 
     def _start_cloud(self, *, waits: bool = True) -> None:
         words = [str(self._cloud_directory), str(self._cloud_port), str(self.control_port), str(self.record / "cloud")]
@@ -253,7 +282,7 @@ class Rig:
 
     def is_whole(self) -> bool:
         """Every program has a process."""
-        return all(self.pid(name) for name in PROGRAMS)
+        return all(self.pid(name) for name in self.programs)
 
     def pid(self, name: str) -> int:
         """Of a program, `supervisord`, `mosquitto` or `cloudsim`; 0 when it does not run."""
@@ -292,10 +321,10 @@ class Rig:
                 return None
         return compose(bus, read_outbox(self.home.data / OUTBOX_FILE))
 
-    def set_rates(self, kept: float, uploaded: float) -> None:
-        """Of maker: messages a second to keeper, and to the cloud."""
+    def set_rates(self, kept: float, uploaded: float, mixed: float) -> None:
+        """Messages a second: of maker to keeper, and to the cloud; of each flow of the Go and the C module."""
         scratch = self.record / "rates.new"
-        scratch.write_text(f"{kept} {uploaded}")
+        scratch.write_text(f"{kept} {uploaded} {mixed}")
         scratch.replace(self.record / "rates")
 
     # --- tending ----------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from typing import Any, Final
 from chaos.account import Counts, Flow
 from chaos.harms import EVERYTHING, PAIR_CARRIERS, Cell, Scene, shimmed
 from chaos.load import Load
+from chaos.mixed import FLOWS, MODULES, way_in, way_out
 from chaos.places import TOKEN
-from chaos.rig import PROGRAMS, Rig
+from chaos.rig import Rig
 
 TICK_SECONDS: Final = 0.01
 AFTER_SECONDS: Final = 5.0
@@ -31,6 +32,7 @@ WINDOW_SECONDS: Final = 3.0
 "A message that arrived so long before the harm may still have been unconfirmed."
 
 
+_THROUGH_EDGE: Final = ("uploads", "answers", "module_uploads", "go_uploads", "c_uploads")
 _OUTBOX_TABLES: Final = ("signal", "data")
 "Of modules.edgehub.store."
 
@@ -78,6 +80,8 @@ class Result:
     seconds: float = 0.0
     is_settled: bool = False
     "Everything that was accepted had arrived, or had a reason not to, and nothing was on its way any more."
+    is_mixed: bool = False
+    "The node had the Go and the C module."
     is_clean: bool = False
     "The rig may serve another cell."
     again: list[Result] = field(default_factory=list)
@@ -159,6 +163,7 @@ def run_cell(cell: Cell, rig: Rig, load: Load, rates: tuple[float, float], chanc
     work(rig, load, is_quiet, DRAIN_LIMIT_SECONDS)
     result.caught_up_s = settled_at - since if settled_at else None
     result.is_settled = settled_at is not None
+    result.is_mixed = bool(rig.foreign)
     result.is_clean = result.is_settled and recovered is not None and rig.is_whole()
     _count(result, rig, load, harm_at, max(over_at, recovered or over_at), rig.mqtt_deaths[deaths:])
     result.life = {event: count - life_before.get(event, 0) for event, count in rig.life().items()}
@@ -210,10 +215,17 @@ class _Recovery:
             self._is_replaced = True
             if harm.name == "SIGTERM":
                 load.first.clear()  # what the old process did while it drained does not count
-        where = "keeper" if self._cell.victim in ("keeper", "maker") else "cloud"
-        self.at = load.first.get((where, harm.is_kill))
+        times = [load.first.get((where, harm.is_kill)) for where in _ways_through(self._cell.victim)]
+        self.at = max((at for at in times if at is not None), default=None) if None not in times else None
         if self.at is not None:
             self.whole_at = time.monotonic()
+
+
+def _ways_through(victim: str) -> tuple[str, ...]:
+    """The places of Load.first that a message must have reached for the victim to be back."""
+    if victim in MODULES:
+        return way_in(victim), way_out(victim)
+    return ("keeper",) if victim in ("keeper", "maker") else ("cloud",)
 
 
 def _not_shown(result: Result, cell: Cell, load: Load, scene: Scene) -> Iterator[str]:
@@ -237,7 +249,7 @@ def _pids_to_be_replaced(cell: Cell, rig: Rig) -> dict[str, int]:
         return {}
     names: tuple[str, ...] = (cell.victim,)
     if cell.victim in ("supervisord", EVERYTHING):
-        names = ("supervisord", *PROGRAMS)
+        names = ("supervisord", *rig.programs)
     return {name: rig.pid(name) for name in names}
 
 
@@ -274,8 +286,9 @@ def _count(result: Result, rig: Rig, load: Load, harm_at: float, over_at: float,
         "module_messages": load.kept,
         "objects": load.objects,
         "commands": load.commands,
+        **{FLOWS[beginning]: flow for beginning, flow in load.mixed.flows.items()},
     }
-    through_edge = (load.uploads, load.answers, load.made)
+    through_edge = (flows[name] for name in _THROUGH_EDGE if name in flows)
     stored = find_stored(rig) if any(flow.missing() for flow in through_edge) else set()
     for name, flow in flows.items():
         from_device = name in ("uploads", "answers")
@@ -368,6 +381,7 @@ def as_json(result: Result, ratio: float | None, p99_ms: float | None) -> dict[s
         "commands_lost_in_flight": total.cut,
         "commands_unanswered": result.unanswered,
         "settled": result.is_settled,
+        "mixed": result.is_mixed,
         "ledger_balanced": None if result.ledger is None else result.ledger["balanced"],
         "dropped": None if result.ledger is None else result.ledger["dropped_messages"],
         "given_up_by_broker": result.life.get("silent", 0),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from chaos.__main__ import Run, faults
+from chaos.__main__ import Programs, Run, faults
 from chaos.account import Counts
 from chaos.run import Result
 
@@ -27,7 +27,7 @@ def result(p99_ms: float, *, lost: int = 0, misses: tuple[str, ...] = ()) -> Res
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    made = Run(argparse.Namespace(link="wss", quick=False, keep_logs=False), tmp_path, None, "")
+    made = Run(argparse.Namespace(link="wss", quick=False, keep_logs=False), tmp_path, Programs(None, "", {}, ""))
     made.calm = [0.010] * 100
     return made
 
