@@ -8,7 +8,7 @@ import fcntl
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -18,9 +18,11 @@ from runtime.confine import (
     V2,
     CannotConfine,
     Cgroup,
+    Hierarchy,
     Limits,
     Struck,
     Write,
+    base_of,
     group_of,
     parse_hierarchies,
     plan,
@@ -38,13 +40,11 @@ class Confinement:
     """The cgroup of module `name` of the node in `home`, with `limits`. Raises CannotConfine where it cannot be had."""
 
     def __init__(self, home: Path, name: str, limits: Limits) -> None:
-        with open("/proc/self/mountinfo") as mountinfo, open("/proc/self/cgroup") as own:
-            hierarchies = parse_hierarchies(mountinfo.read(), own.read())
-        self._cgroups = plan(limits, hierarchies, _controllers, group=group_of(str(home)), name=name)
+        self._cgroups = plan(limits, _hierarchies(), _controllers, group=group_of(str(home)), name=name)
 
     def clear(self) -> int:
         """Kill what an earlier run left in it; the number of processes. Raises CannotConfine when they do not die."""
-        return sum(_empty(cgroup.directory) for cgroup in self._cgroups)
+        return len({pid for cgroup in self._cgroups for pid in _empty(cgroup.directory)})
 
     def struck(self) -> Struck:
         """What the limits did to the run before, until `enter` begins a new account."""
@@ -64,6 +64,29 @@ class Confinement:
             _write(cgroup.directory, Write("cgroup.procs", "0"))  # 0: the one who writes
 
 
+def end_modules(home: Path, is_ours: Callable[[int], bool]) -> Iterator[tuple[str, int]]:
+    """Kill what is left in the cgroups of modules of the node in `home`, and remove these; yields name and pid of each.
+
+    Left alone is a cgroup with no process that `is_ours`. Only those are found that were made from our own cgroup.
+    """
+    for hierarchy in _hierarchies():
+        parent = f"{base_of(hierarchy)}/{group_of(str(home))}"
+        with contextlib.suppress(OSError):
+            for entry in [entry for entry in os.scandir(parent) if entry.is_dir(follow_symlinks=False)]:
+                left = _processes(entry.path)
+                if left and not any(map(is_ours, left)):
+                    continue
+                for pid in sorted(_empty(entry.path)):
+                    yield entry.name, pid
+                _remove(entry.path)
+            os.rmdir(parent)
+
+
+def _hierarchies() -> list[Hierarchy]:
+    with open("/proc/self/mountinfo") as mountinfo, open("/proc/self/cgroup") as own:
+        return parse_hierarchies(mountinfo.read(), own.read())
+
+
 def _controllers(directory: str) -> frozenset[str]:
     return frozenset(_read(f"{directory}/cgroup.controllers").split())
 
@@ -71,11 +94,11 @@ def _controllers(directory: str) -> frozenset[str]:
 # --- leftovers ----------------------------------------------------------------------------------------
 
 
-def _empty(directory: str) -> int:
-    """Kill all processes in it; their number. None may fork meanwhile where pids are limited."""
+def _empty(directory: str) -> set[int]:
+    """Kill all processes in it, and tell which. None may fork meanwhile where pids are limited."""
     left = _processes(directory)
     if not left:
-        return 0
+        return left
     found = set(left)
     with contextlib.suppress(OSError):
         _put(f"{directory}/pids.max", "0")
@@ -92,7 +115,7 @@ def _empty(directory: str) -> int:
         time.sleep(_LOOK_SECONDS)  # between two looks
         left = _processes(directory)
         found |= left
-    return len(found)
+    return found
 
 
 def _processes(directory: str) -> set[int]:

@@ -215,7 +215,7 @@ def plan(
     chosen: dict[str, tuple[Hierarchy, str, list[str]]] = {}
     for controller, is_needed in wanted.items():
         for hierarchy in hierarchies:
-            base = _base(hierarchy)
+            base = base_of(hierarchy)
             has = v2_controllers(base) if hierarchy.version == V2 else hierarchy.controllers
             if controller in has:
                 chosen.setdefault(hierarchy.mount, (hierarchy, base, []))[2].append(controller)
@@ -236,7 +236,7 @@ def plan(
     ]
 
 
-def _base(hierarchy: Hierarchy) -> str:
+def base_of(hierarchy: Hierarchy) -> str:
     """Below what the node has; a node whose processes were moved to their leaf still has the cgroup above it."""
     return hierarchy.directory.removesuffix("/" + NODE_LEAF) or "/"
 

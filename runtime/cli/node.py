@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+from runtime import cgroups
 from runtime.cli import settings
 from runtime.config import NodeConfig, store
 from runtime.errors import AlreadyRunning, ConfigError, EdgezmqError
@@ -196,6 +197,8 @@ def end_leftovers(home: Home) -> Iterator[tuple[str, int]]:
         end = time.monotonic() + 5.0
         while holder(home.lock(name)) is not None and time.monotonic() < end:
             time.sleep(0.01)  # the kernel drops the lock with the process
+    # What a module with limits has forked off, out of reach of its own death.
+    yield from cgroups.end_modules(home.path, _was_supervised)
 
 
 def _was_supervised(pid: int) -> bool:

@@ -254,15 +254,14 @@ class ConfinedNode(Node):
         try:
             yield
         finally:
-            self.supervisor.stop("bad")
+            self.supervisor.stop("bad", wait=False)
+            self.until(lambda: self.program("bad").state in ("STOPPED", "EXITED", "FATAL"), "it to be stopped")
             self.supervisor.remove("bad")
             (self.home.modules / "bad.conf").unlink()
-            self.end_module("bad")
-            (self.home.log / "bad.log").unlink()
+            (self.home.log / "bad.log").unlink(missing_ok=True)
 
-    def end_module(self, name: str) -> None:
-        for directory in cgroups_of(self.home.path).get(name, []):
-            cgroups._empty(str(directory))
+    def log(self, name: str) -> str:
+        return super().log(name) if (self.home.log / f"{name}.log").exists() else ""
 
     def answers(self, begin: float, end: float) -> Answers:
         """Of the requests that fell due between the two; waits until the last has its answer, or none."""
@@ -315,6 +314,10 @@ def node() -> Iterator[ConfinedNode]:
                 node.wait_running(name)
             node.until(lambda: (node.home.own_home("asker") / "times").exists(), "the first answer")
             yield node
+            done = node.edgezmq("down")
+            assert done.returncode == 0, done.stderr
+            assert not node.processes()
+            assert not cgroups_of(node.home.path)
         finally:
             node.end()
 
@@ -370,6 +373,13 @@ def test_a_module_sees_nothing_of_the_nodes_files_nor_of_anothers(node: Confined
             check=False,
         )
         assert done.stdout == "closed\n", secret
+
+
+def test_root_gives_the_node_another_policy_while_it_runs(node: ConfinedNode) -> None:
+    done = node.edgezmq("reload")
+    assert done.returncode == 0, done.stderr
+    assert node.home.node_json.stat().st_mode & 0o777 == 0o640
+    assert node.home.node_json.stat().st_gid == pwd.getpwnam(NODE_USER).pw_gid
 
 
 # --- bad neighbours -----------------------------------------------------------------------------------
@@ -478,6 +488,7 @@ def test_one_that_forks_without_end_stays_within_its_number_and_leaves_nothing_b
         node.until(lambda: "left behind: processes=" in node.log("bad"), "the leftovers to be ended")
         assert re.search(r"last run of bad hit its limits: oom_kills=\d+ forks_refused=[1-9]", node.log("bad"))
         node.until(lambda: children.isdisjoint(node.processes()), "the end of all of them")
+        # Those of the last start are for `edgezmq down`.
 
 
 BURN = """
@@ -522,3 +533,89 @@ def test_one_that_stops_reading_is_ended_though_the_watchdog_is_another_user(nod
         node.until(lambda: node.program("bad").pid not in (0, first), "the next one")
         counts = json.loads(node.home.watchdog_json.read_text())["bad"]
         assert counts["kills"] >= 1
+
+
+# --- edgezmq exec by itself ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    if reason := why_not():
+        pytest.skip(reason)
+    with other_users_directory() as directory:
+        (directory / "run").mkdir()
+        (directory / "run").chmod(0o777)
+        yield directory
+        list(cgroups.end_modules(directory, lambda pid: True))
+
+
+LIMITED = "--memory=64M --cpu=50% --pids=8"
+
+
+def exec_command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "runtime.exec", *arguments]
+
+
+def run_exec(home: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*opening(), *command],
+        # Root's own, such as a virtual environment's, is not to be needed.
+        env={"PATH": os.environ["PATH"], "EDGEZMQ_HOME": str(home)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+
+
+def test_what_a_module_leaves_behind_is_ended_by_its_next_start_though_it_has_its_lock(home: Path) -> None:
+    command = exec_command("--name", "cam", *LIMITED.split(), "--", "sh", "-c", "setsid sleep 1000 >&- 2>&- & echo $!")
+    left = int(run_exec(home, command).stdout)
+    assert Path(f"/proc/{left}").exists()
+    done = run_exec(home, exec_command("--name", "cam", *LIMITED.split(), "--", "echo", "runs"))
+    assert done.stdout == "runs\n"
+    assert done.stderr == "edgezmq exec: killed what the last run of cam left behind: processes=1\n"
+
+
+def test_one_that_lives_is_not_ended_by_a_second_start(home: Path) -> None:
+    command = exec_command("--name", "cam", *LIMITED.split(), "--", "sh", "-c", "echo runs; exec sleep 1000")
+    environ = {"PATH": os.environ["PATH"], "EDGEZMQ_HOME": str(home)}
+    with subprocess.Popen(command, env=environ, cwd=ROOT, stdout=subprocess.PIPE) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == b"runs\n"
+        done = run_exec(home, exec_command("--name", "cam", *LIMITED.split(), "--", "true"))
+        assert done.returncode == 1
+        assert f"is held by pid {first.pid}: it is already running" in done.stderr
+        assert first.poll() is None
+        first.kill()
+
+
+def test_the_end_of_a_node_is_the_end_of_what_its_modules_left_behind_and_of_their_cgroups(home: Path) -> None:
+    command = exec_command("--name", "cam", *LIMITED.split(), "--", "sh", "-c", "setsid sleep 1000 >&- 2>&- & echo $!")
+    left = int(run_exec(home, command).stdout)
+    assert list(cgroups.end_modules(home, lambda pid: False)) == []
+    assert cgroups_of(home)
+    assert set(cgroups.end_modules(home, lambda pid: pid == left)) == {("cam", left)}
+    assert not cgroups_of(home)
+
+
+def test_a_user_without_rights_is_told_what_to_do(home: Path) -> None:
+    done = run_exec(home, as_user(61_000, *exec_command("--name", "a", "--user", "nobody", "--", "true")))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "expected root, who alone can become another user; or a systemd unit with User=" in done.stderr
+    done = run_exec(home, as_user(61_000, *exec_command("--name", "a", "--memory", "64M", "--", "true")))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "closed to this user: limits need root, or a systemd unit with Delegate=yes" in done.stderr
+
+
+def test_a_module_cannot_write_into_the_file_of_its_lock(home: Path) -> None:
+    """Whose pid stands there is ended as a leftover, so that a module is not to choose it."""
+    command = exec_command(
+        "--name", "cam", "--user", "61000", "--", "sh", "-c", "ls -l /proc/self/fd; echo $EDGEZMQ_HOME"
+    )
+    done = run_exec(home, command)
+    [line] = [line for line in done.stdout.splitlines() if line.endswith("run/cam.lock")]
+    assert line.startswith("lr-x"), line
+    assert done.stdout.endswith(f"{home}/homes/cam\n")
+    assert (home / "homes" / "cam").stat().st_uid == 61_000
