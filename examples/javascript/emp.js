@@ -12,6 +12,7 @@ import { Dealer } from "zeromq"
 
 export const Priority = Object.freeze({ REQUEST: 1, SIGNAL: 2, DATA: 3 })
 const REPLY_PRIORITY = 0
+const MAX_BOOKS = 4096 // of lanes towards us, and as many senders
 const Flag = Object.freeze({ EXPECTS_REPLY: 1, REPLY: 2, RESENT: 4, REDELIVERED: 16, FROM_STORE: 32 })
 
 const HELLO_MS = 500
@@ -169,7 +170,8 @@ export class Client {
     const id = message.id ?? randomUUID()
     let timer
     const answer = new Promise((resolve, reject) => {
-      this.#waiters.set(id, resolve) // before the question goes
+      const asked = to.startsWith("@") ? null : to // of a group, whoever answers first
+      this.#waiters.set(id, { asked, resolve }) // before the question goes
       timer = setTimeout(() => reject(new Error(`no answer from ${to} within ${timeout} ms`)), timeout)
       const deadline = performance.now() + timeout
       this.#send(to, { ...message, id }, { priority: Priority.REQUEST, flags: Flag.EXPECTS_REPLY, deadline })
@@ -357,19 +359,29 @@ export class Client {
     if (!(count >= 1 && first <= from && from <= last && floor <= from)) {
       return console.error(`emp: a DELIVER that makes no sense: first ${first} count ${count} from ${from}`)
     }
-    const key = `${Buffer.from(incarnation).toString("hex")} ${priority} ${destination}`
+    // By sender too: that the broker vouches for, and an incarnation others can say as well.
+    const process = `${sender} ${Buffer.from(incarnation).toString("hex")}`
+    const key = `${process} ${priority} ${destination}`
     let book = this.#books.get(key)
     if (!book) {
       book = new Book(floor)
       const known = this.#generations.get(sender) ?? 0
-      if (generation < known && !(flags & (Flag.REPLY | Flag.FROM_STORE))) { // rule 20
+      const counts = !(flags & (Flag.REPLY | Flag.FROM_STORE))
+      if (counts && generation < known) { // rule 20
         book.high = book.done = last
         for (let number = from; number <= last; number++) book.failed.set(number, "fenced")
       } else {
-        this.#generations.set(sender, Math.max(generation, known))
+        if (counts && generation > known) {
+          this.#generations.delete(sender)
+          this.#generations.set(sender, generation)
+          this.#forget((other) => other.startsWith(`${sender} `) && !other.startsWith(`${process} `)) // rules 18, 19
+        }
+        if (this.#books.size >= MAX_BOOKS) this.#forget(() => this.#books.size >= MAX_BOOKS)
+        if (this.#generations.size > MAX_BOOKS) this.#generations.delete(this.#generations.keys().next().value)
         this.#books.set(key, book)
       }
     }
+    if (this.#books.delete(key)) this.#books.set(key, book) // those unused longest stand first
     for (const number of book.failed.keys()) if (number < floor) book.failed.delete(number)
     if (from > book.high + 1) { // rule 15: everything below `from` is known now
       for (const [number, reason] of voids) {
@@ -397,13 +409,19 @@ export class Client {
         redelivered: Boolean(flags & Flag.REDELIVERED),
       }
       if (flags & Flag.REPLY) {
-        this.#waiters.get(delivery?.parentId)?.(delivery)
+        const waiter = this.#waiters.get(delivery?.parentId) // ids can be guessed: only who was asked can answer
+        if (waiter && (waiter.asked === null || waiter.asked === sender)) waiter.resolve(delivery)
         book.finish(number)
       } else if (!this.#draining) {
         this.#work(book, number, delivery)
       } // else it is not begun, and goes back to the mailbox
     }
     this.#acknowledge(book)
+  }
+
+  /** Books without anything in hand: what is forgotten too early can lead to a repeat, never to a loss (rule 18). */
+  #forget(which) {
+    for (const [key, book] of this.#books) if (book.done === book.high && which(key)) this.#books.delete(key)
   }
 
   #work(book, number, delivery) {

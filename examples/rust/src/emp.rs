@@ -5,7 +5,7 @@
 //! not wait for another module's answer. Nothing has to be stored: what was sent is kept until the broker says that it
 //! is settled, and sent again after every reconnect.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use std::{env, fmt, process};
 
@@ -20,6 +20,8 @@ pub const DRAIN: Duration = Duration::from_secs(8);
 const WINDOW: usize = 1024;
 /// Told in one PING.
 const MAX_FLOORS: usize = 1024;
+/// Of lanes towards us, and as many senders.
+const MAX_BOOKS: usize = 4096;
 const MAX_BATCH: u64 = 1024;
 
 const EXPECTS_REPLY: u64 = 1;
@@ -157,10 +159,20 @@ struct Book {
     lane: u64,
     session_high: u64,
     told: u64,
+    /// The number of the last DELIVER that was for it.
+    used: u64,
+}
+
+impl Book {
+    /// All that came has its outcome.
+    fn is_idle(&self) -> bool {
+        self.done == self.high
+    }
 }
 
 type LaneKey = (String, u64);
-type BookKey = (Vec<u8>, String, u64);
+/// Sender (the broker vouches for it; an incarnation others can say too), incarnation, destination, priority.
+type BookKey = (String, Vec<u8>, String, u64);
 
 struct Work {
     book: BookKey,
@@ -199,6 +211,8 @@ pub struct Client {
     lanes: HashMap<LaneKey, Lane>,
     books: HashMap<BookKey, Book>,
     generations: HashMap<String, u64>,
+    /// How many DELIVERs came.
+    delivered: u64,
     work: VecDeque<Work>,
     settled: Vec<Settled>,
 }
@@ -235,6 +249,7 @@ impl Client {
             lanes: HashMap::new(),
             books: HashMap::new(),
             generations: HashMap::new(),
+            delivered: 0,
             work: VecDeque::new(),
             settled: Vec::new(),
         })
@@ -514,10 +529,20 @@ impl Client {
             eprintln!("emp: a DELIVER that makes no sense: first {first} count {count} from {from} floor {floor}");
             return;
         }
-        let key = (incarnation.clone(), header.text(5).to_owned(), priority);
-        let known = self.generations.entry(sender.clone()).or_default();
-        let is_fenced = generation < *known && flags & (REPLY | FROM_STORE) == 0; // rule 20
-        *known = generation.max(*known);
+        let key = (sender.clone(), incarnation.clone(), header.text(5).to_owned(), priority);
+        let known = self.generations.get(&sender).copied().unwrap_or_default();
+        let counts = flags & (REPLY | FROM_STORE) == 0;
+        let is_fenced = counts && generation < known; // rule 20
+        if !self.books.contains_key(&key) {
+            if counts && generation > known {
+                // Rules 18 and 19: of the older processes all that was delivered is acknowledged.
+                self.books.retain(|(name, id, _, _), book| *name != sender || *id == incarnation || !book.is_idle());
+                self.generations.insert(sender.clone(), generation);
+            }
+            self.forget_unused();
+        }
+        self.delivered += 1;
+        let delivered = self.delivered;
         let book = self.books.entry(key.clone()).or_insert_with(|| {
             let high = if is_fenced { last } else { floor - 1 };
             let failed = if is_fenced {
@@ -525,8 +550,9 @@ impl Client {
             } else {
                 BTreeMap::new()
             };
-            Book { base: floor, high, done: high, failed, session: None, lane: 0, session_high: 0, told: 0 }
+            Book { base: floor, high, done: high, failed, session: None, lane: 0, session_high: 0, told: 0, used: 0 }
         });
+        book.used = delivered;
         book.failed = book.failed.split_off(&floor); // what is below is settled
         if from > book.high + 1 {
             // Rule 15: everything below `from` is known now.
@@ -567,6 +593,20 @@ impl Client {
             }
         }
         self.acknowledge(&key);
+    }
+
+    /// Make room for one more book and one more name, those unused longest first. What is forgotten too early can lead
+    /// to a repeat, never to a loss (rule 18).
+    fn forget_unused(&mut self) {
+        while self.books.len() >= MAX_BOOKS {
+            let idle = self.books.iter().filter(|(_, book)| book.is_idle());
+            let Some(key) = idle.min_by_key(|(_, book)| book.used).map(|(key, _)| key.clone()) else { break };
+            self.books.remove(&key);
+        }
+        if self.generations.len() >= MAX_BOOKS {
+            let present: HashSet<&String> = self.books.keys().map(|(sender, ..)| sender).collect();
+            self.generations.retain(|sender, _| present.contains(sender));
+        }
     }
 
     fn work_one(&mut self, handle: &mut dyn FnMut(&Delivery) -> Outcome) {
@@ -685,5 +725,67 @@ impl<'a> Fields<'a> {
 
     fn list(self, place: usize) -> Fields<'a> {
         self.0.get(place).map_or(Fields(&[]), Fields::of)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn client() -> Client {
+        Client::connect(&zmq::Context::new(), "receiver", "inproc://nobody").expect("a socket")
+    }
+
+    /// One message comes and is handled.
+    fn arrive(client: &mut Client, sender: &str, incarnation: u64, generation: u64, number: u64) {
+        deliver(client, sender, incarnation, generation, number);
+        client.work_one(&mut |_| Ok(None));
+    }
+
+    fn deliver(client: &mut Client, sender: &str, incarnation: u64, generation: u64, number: u64) {
+        let id = Value::Binary([incarnation.to_be_bytes(), [0; 8]].concat());
+        let number = Value::from(number);
+        #[rustfmt::skip]
+        let fields = [
+            1.into(), 1.into(), sender.into(), id, generation.into(), "receiver".into(), 3.into(), number.clone(),
+            1.into(), number.clone(), number, Value::Array(vec![]), 0.into(),
+        ];
+        client.on_deliver(Fields(&fields), &pack(&Value::Array(vec![Value::Array(vec![])])));
+    }
+
+    #[test]
+    fn books_of_a_senders_earlier_processes_are_forgotten() {
+        let mut client = client();
+        for generation in 1..=1000 {
+            arrive(&mut client, "phoenix", generation, generation, 1);
+        }
+        assert_eq!(client.books.len(), 1);
+    }
+
+    #[test]
+    fn a_book_with_something_in_hand_is_kept() {
+        let mut client = client();
+        deliver(&mut client, "phoenix", 1, 1, 1);
+        deliver(&mut client, "phoenix", 2, 2, 1);
+        assert_eq!(client.books.len(), 2);
+    }
+
+    #[test]
+    fn books_and_names_are_bounded_and_those_in_use_stay() {
+        let mut client = client();
+        for number in 0..(MAX_BOOKS as u64 + 100) {
+            arrive(&mut client, &format!("s{number}"), number, 1, 1);
+            arrive(&mut client, "s0", 0, 1, number + 2);
+        }
+        assert!(client.books.len() <= MAX_BOOKS && client.generations.len() <= MAX_BOOKS);
+        assert!(client.books.keys().any(|(sender, ..)| sender == "s0"));
+    }
+
+    #[test]
+    fn another_senders_incarnation_is_not_its_own() {
+        let mut client = client();
+        arrive(&mut client, "pump", 1, 1, 1);
+        arrive(&mut client, "thief", 1, 1, 1);
+        assert_eq!(client.books.len(), 2);
     }
 }

@@ -17,6 +17,8 @@ import java.util.Arrays;
 import java.util.Deque;
 import java.util.HashMap;
 import java.util.HashSet;
+import java.util.Iterator;
+import java.util.LinkedHashMap;
 import java.util.List;
 import java.util.Map;
 import java.util.Objects;
@@ -167,9 +169,13 @@ public final class Emp implements Closeable {
     private static final int REDELIVERED = 16;
     private static final int FROM_STORE = 32;
 
+    /** Of lanes towards us, and as many senders. */
+    private static final int MAX_BOOKS = 4096;
+
     private record LaneKey(String destination, int priority) {}
 
-    private record BookKey(ByteBuffer incarnation, String destination, int priority) {}
+    /** By sender too: that the broker vouches for, and an incarnation others can say as well. */
+    private record BookKey(String sender, ByteBuffer incarnation, String destination, int priority) {}
 
     /** One message of ours under way: this client sends them one by one. */
     private static final class Batch {
@@ -215,6 +221,11 @@ public final class Emp implements Closeable {
         long sessionHigh;
         long told;
 
+        /** All that came has its outcome. */
+        boolean isIdle() {
+            return done == high && queue.isEmpty();
+        }
+
         Book(long floor) {
             base = floor;
             high = done = floor - 1;
@@ -248,7 +259,7 @@ public final class Emp implements Closeable {
 
     // All below is guarded by this object.
     private final Map<LaneKey, Lane> lanes = new HashMap<>();
-    private final Map<BookKey, Book> books = new HashMap<>();
+    private final Map<BookKey, Book> books = new LinkedHashMap<>(16, 0.75f, true); // unused longest first
     private final Map<String, Long> generations = new HashMap<>();
     private final Deque<List<byte[]>> out = new ArrayDeque<>();
     private ZMQ.Socket bell; // wakes the thread that owns the socket
@@ -739,22 +750,45 @@ public final class Emp implements Closeable {
 
     /** The book of a DELIVER; one that is fenced (rule 20) gets a book that nobody keeps. */
     private Book book(Fields header, String sender, byte[] incarnation, int flags, long from, long last, long floor) {
-        BookKey key = new BookKey(ByteBuffer.wrap(incarnation), header.text(5), (int) header.integer(6));
+        BookKey key = new BookKey(sender, ByteBuffer.wrap(incarnation), header.text(5), (int) header.integer(6));
         Book book = books.get(key);
         if (book == null) {
             book = new Book(floor);
             long known = generations.getOrDefault(sender, 0L);
-            if (header.integer(4) < known && (flags & (REPLY | FROM_STORE)) == 0) {
+            long itsGeneration = header.integer(4);
+            boolean counts = (flags & (REPLY | FROM_STORE)) == 0;
+            if (counts && itsGeneration < known) {
                 book.high = book.done = last;
                 for (long number = from; number <= last; number++) {
                     book.failed.put(number, "fenced");
                 }
             } else {
-                generations.merge(sender, header.integer(4), Math::max);
+                if (counts && itsGeneration > known) {
+                    // Rules 18 and 19: of the older processes all that was delivered is acknowledged.
+                    books.entrySet().removeIf(each -> each.getKey().sender.equals(sender)
+                            && !each.getKey().incarnation.equals(key.incarnation) && each.getValue().isIdle());
+                    generations.put(sender, itsGeneration);
+                }
+                forgetUnused();
                 books.put(key, book);
             }
         }
         return book;
+    }
+
+    /** Room for one more book and one more name. What is forgotten too early can lead to a repeat, never to a loss. */
+    private void forgetUnused() {
+        Iterator<Book> longestUnused = books.values().iterator();
+        while (books.size() >= MAX_BOOKS && longestUnused.hasNext()) {
+            if (longestUnused.next().isIdle()) {
+                longestUnused.remove();
+            }
+        }
+        if (generations.size() >= MAX_BOOKS) {
+            Set<String> present = new HashSet<>();
+            books.keySet().forEach(key -> present.add(key.sender));
+            generations.keySet().retainAll(present);
+        }
     }
 
     // --- handling -----------------------------------------------------------------------------------
