@@ -43,6 +43,39 @@ def test_no_grant_allows_nothing_and_no_entry_everything() -> None:
     assert not Permission({})
 
 
+@pytest.mark.parametrize(
+    "resource",
+    [
+        "default/pump/../fan/1",
+        "default/pump/..",
+        "default/pump/./1",
+        "../default/pump/1",
+        "/default/pump/1",
+        "default//pump/1",
+        "DEFAULT/pump/1",
+        "default/pump\n/1",
+        "default/pump",
+        "",
+        "*",
+        "default/*",
+        "default\\pump\\1",
+        "default/\uff50ump/1",
+        "x" * 1_000_000,
+        "default/" * 100_000,
+    ],
+)
+def test_a_resource_that_only_looks_like_a_granted_one_is_denied(resource: str) -> None:
+    permission = Permission({"pump": [Grant(resources=("default/pump/*", "default/p*m*p*/x*y*z/*"))]})
+    assert not permission.allows("pump", message(resource=resource))
+
+
+def test_a_grant_of_all_resources_takes_odd_ones_too() -> None:
+    permission = Permission({"pump": [Grant()]})
+    assert permission.allows("pump", message(resource="a/../b"))
+    assert permission.allows("pump", message(resource="a..b/..c"))
+    assert Permission({"pump": [Grant(resources=("a*",))]}).allows("pump", message(resource="a..b/..c"))
+
+
 def test_a_sender_whose_rule_is_withdrawn_does_not_pass_for_the_nodes_own() -> None:
     permission = Permission({"pump": [Grant(("user",))], "fan": []})
     permission.adopt({"fan": [Grant(("twin",))]})
