@@ -9,6 +9,8 @@ VENV ?= .venv
 AMQTT_VENV ?= .venv-amqtt
 ARGS ?=
 LINK ?=
+# One more than there are processors.
+TEST_WORKERS ?= $(shell expr $$(nproc 2>/dev/null || echo 2) + 1)
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
@@ -79,8 +81,9 @@ status: $(VENV)/.stamp-run ## What the node in .state does
 
 # --- check --------------------------------------------------------------------------------------------
 
-test: $(VENV)/.stamp-dev ## All tests
-	@$(PY) -m pytest $(ARGS)
+# Side by side: most tests wait for most of their time. The stretch is for the deadlines of waits only.
+test: $(VENV)/.stamp-dev ## All tests, side by side; ARGS="-k routing", ARGS="-n 0" for one after the other
+	@EDGEZMQ_TEST_STRETCH=$${EDGEZMQ_TEST_STRETCH:-2} $(PY) -m pytest -n $(TEST_WORKERS) --dist loadgroup $(ARGS)
 
 examples: $(VENV)/.stamp-run ## Build the modules in other languages and test them; ARGS="go c"
 	@$(PY) examples/run.py $(ARGS)
