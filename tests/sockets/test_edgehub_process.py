@@ -164,6 +164,7 @@ def test_edgehub_is_killed_under_load_and_no_upload_is_lost(tmp_path: Path, proc
     run(scenario())
 
 
+@pytest.mark.alone
 def test_a_killed_edgehub_is_served_again_within_two_seconds_of_its_start(tmp_path: Path, processes: Processes) -> None:
     async def scenario() -> None:
         async with node(tmp_path, processes) as (sim, bus):

@@ -156,6 +156,7 @@ def test_a_rotation_keeps_the_link_until_a_quiet_moment(tmp_path: Path, protocol
     run(scenario())
 
 
+@pytest.mark.alone
 def test_a_refused_rotation_disturbs_nobody_and_is_tried_again(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with cloud(tmp_path / "cloud", certificate_port=0, signing_seconds=LIFETIME) as sim:
@@ -241,6 +242,7 @@ async def _expire(hub: EdgeHub, sim: CloudSim) -> None:
     await until(lambda: state(hub) != "served", "the link cut")
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("by", ["files", "token"])
 def test_with_an_expired_certificate_messages_are_stored_and_the_node_recovers(tmp_path: Path, by: str) -> None:
     async def scenario() -> None:

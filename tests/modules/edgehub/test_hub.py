@@ -181,6 +181,7 @@ async def slow_link(bytes_per_second: float) -> AsyncIterator[tuple[EdgeHub, Slo
         work.cancel()
 
 
+@pytest.mark.alone
 def test_a_message_that_would_block_a_slow_link_is_refused_also_when_it_is_the_first() -> None:
     async def scenario() -> None:
         async with slow_link(100_000) as (hub, cloud):
@@ -198,6 +199,7 @@ def test_a_message_that_would_block_a_slow_link_is_refused_also_when_it_is_the_f
     run(scenario())
 
 
+@pytest.mark.alone
 def test_a_large_message_passes_a_link_that_is_fast_enough() -> None:
     async def scenario() -> None:
         async with slow_link(10_000_000) as (hub, _):
