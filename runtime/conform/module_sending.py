@@ -22,6 +22,10 @@ CHECKS: Final = Catalogue()
 check = CHECKS.enter
 
 
+PATIENT_SECONDS: Final = 0.6
+"So long a module that ends waits for SETTLED at least. Not stretched: a second later it may have given up."
+
+
 @check("sends-on", "10", "settled messages make room for the next ones, numbered on", needs=("sends",))
 def sends_on(stage: ModuleStage) -> Script:
     yield from stage.attached()
@@ -311,7 +315,9 @@ def drain(stage: ModuleStage) -> Script:
     )
     if not stage.since(mark, "DRAIN/1"):
         raise NotApplicable("it says BYE without DRAIN, as it may")
-    yield from stage.never(lambda: stage.since(mark, "BYE/1"), "it leaves while what it has sent is not settled")
+    yield from stage.never(
+        lambda: stage.since(mark, "BYE/1"), "it leaves while what it has sent is not settled", PATIENT_SECONDS
+    )
     stage.manners.settles = True
     stage.settle_all()
     yield from stage.gone(stage.settings.stop, "it does not end when all is settled")
