@@ -22,6 +22,7 @@ QUICK_ROUNDS = 1
 
 GROUPS = {
     "bus": (report.BUS_256, report.BUS_4096),
+    "latency": (report.LATENCY_P50,),
     "request": (report.REQUEST_P50,),
     "cloud": (report.UPLOADS,),
     "node": (report.START,),
@@ -74,6 +75,8 @@ def _finish(results: Results, json_path: Path | None) -> int:
 
 def is_ours(what: str) -> bool:
     """Whether what was not run is of edgezmq itself, and not a peer that is not installed."""
+    if any(f" {name}" in what for name in report.POLYGLOT):  # not: its tools are not installed
+        return True
     return report.EDGEZMQ in what or what in ("node", "idle") or what.startswith("cloud ")
 
 

@@ -1,18 +1,19 @@
-"""The measurements of the bus beside its peers: one → one rate, and request → reply latency."""
+"""The measurements of the bus beside its peers: one → one rate and latency, and request → reply latency."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from bench import report
-from bench.children import ChildFailed, worker
+from bench.children import ChildFailed
 from bench.contenders import Contender, Edgezmq, Mosquitto, Nats
 from bench.machine import OthersCpu
+from bench.polyglot import polyglots
 from bench.report import Results
 from bench.stats import count_for, percentile
 
@@ -22,6 +23,11 @@ REQUESTS = 5_000
 QUICK_REQUESTS = 500
 WARM_UP_REQUESTS = 200
 "Before the counted ones: connections, caches, the interpreter's specialisation."
+
+PER_SECOND = 1_000
+PACED = 2_500
+QUICK_PACED = 700
+"Messages whose latency is taken, sent at this rate; the first WARM_UP_REQUESTS of them do not count."
 
 ROUND_SECONDS = 1.5
 QUICK_ROUND_SECONDS = 0.4
@@ -45,6 +51,8 @@ class Flow:
     seconds: float
     cpu_seconds: dict[str, float]
     "sender, receiver, server."
+    took_us: list[float] = field(default_factory=list)
+    "Of each message, from its send to its handler, where they were paced."
 
     @property
     def rate(self) -> float:
@@ -53,7 +61,7 @@ class Flow:
 
 def contenders(only: Sequence[str] = ()) -> list[Contender]:
     """All who may take part, or those named."""
-    everybody: list[Contender] = [Edgezmq(), Nats(), Nats(uvloop=True), Mosquitto()]
+    everybody: list[Contender] = [Edgezmq(), Nats(), Nats(uvloop=True), Mosquitto(), *polyglots()]
     return [one for one in everybody if not only or one.name in only]
 
 
@@ -73,6 +81,8 @@ def measure_bus(
     for measure, size in SIZES.items():
         if measure in measures:
             _measure_flow(results, able, measure, size, rounds, quick, say)
+    if report.LATENCY_P50 in measures:
+        _measure_latency(results, able, rounds, quick, say)
     if report.REQUEST_P50 in measures:
         _measure_requests(results, able, rounds, quick, say)
 
@@ -115,12 +125,15 @@ def _measure_flow(
             )
 
 
-def flow(contender: Contender, count: int, size: int) -> Flow:
-    """Send `count` messages of `size` bytes from one process to another. Raises ChildFailed."""
+def flow(contender: Contender, count: int, size: int, per_second: int = 0) -> Flow:
+    """Send `count` messages of `size` bytes from one process to another. Raises ChildFailed.
+
+    `per_second`: how many are sent a second, and how long each was under way is in the result; 0: as fast as it goes.
+    """
     with Scratch() as directory, contender.serve(directory) as server:
-        arguments = {**server.arguments, "count": count, "size": size}
-        receiving = worker(contender.side, "receiver", arguments, log=directory / "receiver.log")
-        with receiving, worker(contender.side, "sender", arguments, log=directory / "sender.log") as sending:
+        arguments = {**server.arguments, "count": count, "size": size, "per_second": per_second}
+        receiving = contender.start("receiver", arguments, directory / "receiver.log")
+        with receiving, contender.start("sender", arguments, directory / "sender.log") as sending:
             before = server.child.cpu_seconds()
             receiving.tell(go=True)
             sending.tell(go=True)
@@ -147,7 +160,33 @@ def _checked(contender: Contender, count: int, sent: dict[str, Any], got: dict[s
         received=got["received"],
         seconds=(finished - sent["started_ns"]) / 1e9,
         cpu_seconds={"sender": sent["cpu_seconds"], "receiver": got["cpu_seconds"], "server": server_cpu},
+        took_us=got.get("took_us", []),
     )
+
+
+def _measure_latency(results: Results, who: Sequence[Contender], rounds: int, quick: bool, say: Say) -> None:
+    count = QUICK_PACED if quick else PACED
+    for turn in range(1, rounds + 1):
+        for contender in who:
+            if contender.name not in report.CONTENDERS[report.LATENCY_P50]:
+                continue
+            try:
+                run, others = quietest(partial(flow, contender, count, REQUEST_BYTES, PER_SECOND), quick)
+            except ChildFailed as fault:
+                results.not_run[f"{report.LATENCY_P50} {contender.name} round {turn}"] = str(fault)
+                say(f"{report.LATENCY_P50} {contender.name} round {turn}: FAILED: {fault}")
+                continue
+            results.others_cpu_percent.append(others)
+            took_us = run.took_us[WARM_UP_REQUESTS:]
+            median, tail = percentile(took_us, 0.5), percentile(took_us, 0.99)
+            results.add(report.LATENCY_P50, contender.name, median)
+            results.add(report.LATENCY_P99, contender.name, tail)
+            results.message_counts.setdefault(report.LATENCY_P50, {})[contender.name] = len(took_us)
+            _note_cpu(results, report.LATENCY_P50, contender, run.cpu_seconds, run.sent)
+            say(
+                f"latency round {turn}/{rounds} {contender.name:15} p50 {median:7.1f} µs"
+                f"  p99 {tail:7.1f} µs, others' CPU {others:.0f} %"
+            )
 
 
 def _measure_requests(results: Results, who: Sequence[Contender], rounds: int, quick: bool, say: Say) -> None:
@@ -182,8 +221,8 @@ def requests(contender: Contender, count: int) -> tuple[list[float], dict[str, f
     with Scratch() as directory, contender.serve(directory) as server:
         arguments = {**server.arguments, "count": count, "size": REQUEST_BYTES, "warm_up": WARM_UP_REQUESTS}
         with (
-            worker(contender.side, "responder", arguments, log=directory / "responder.log") as answering,
-            worker(contender.side, "requester", arguments, log=directory / "requester.log") as asking,
+            contender.start("responder", arguments, directory / "responder.log") as answering,
+            contender.start("requester", arguments, directory / "requester.log") as asking,
         ):
             who = {"sender": asking, "receiver": answering, "server": server.child}
             before = {role: child.cpu_seconds() for role, child in who.items()}

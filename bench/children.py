@@ -159,12 +159,12 @@ def worker(
     module: str, role: str, arguments: Mapping[str, Any], *, log: Path, env: Mapping[str, str] | None = None
 ) -> Child:
     """Start `python -m bench.worker` in the given role; it answers `{"ready": true}` when it is."""
-    child = Child(
-        [sys.executable, "-m", "bench.worker", module, role, json.dumps(arguments)],
-        env=env,
-        log=log,
-        ends_with_input=True,
-    )
+    command = [sys.executable, "-m", "bench.worker", module, role, json.dumps(arguments)]
+    return await_ready(Child(command, env=env, log=log, ends_with_input=True))
+
+
+def await_ready(child: Child) -> Child:
+    """The child, once it has said `{"ready": true}`. Raises ChildFailed, and ends it then."""
     try:
         child.answer(START_SECONDS)
     except BaseException:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bench import report
-from bench.children import Child, ChildFailed
+from bench.children import Child, ChildFailed, worker
 
 SERVER_SECONDS = 15.0
 "For a server to listen."
@@ -40,10 +40,9 @@ class Server:
 
 
 class Contender(Protocol):
-    """One row of the table: a server, and a module of `bench` with the client's two sides."""
+    """One column of the table: a server, and the client's two sides."""
 
     name: str
-    side: str
     probe_messages: int
     most_messages: int
 
@@ -55,6 +54,9 @@ class Contender(Protocol):
 
     def serve(self, directory: Path) -> AbstractContextManager[Server]:
         """Start the server in an empty directory, give it once it listens, end it."""
+
+    def start(self, role: str, arguments: Mapping[str, Any], log: Path) -> Child:
+        """Start the client's side of this role (see worker.ROLES); it is ready then. Raises ChildFailed."""
 
 
 def find_program(name: str) -> str | None:
@@ -85,9 +87,8 @@ def wait_for_port(port: int, child: Child, seconds: float = SERVER_SECONDS) -> N
 
 
 class Edgezmq:
-    """Our broker, started as supervisord starts it, on an ipc socket."""
+    """Our broker, started as supervisord starts it, on an ipc socket; the SDK at both ends."""
 
-    side = "edgezmq_side"
     name = report.EDGEZMQ
     probe_messages = 20_000
     most_messages = 3_000_000
@@ -117,11 +118,13 @@ class Edgezmq:
                 time.sleep(0.02)
             yield Server(child, {"endpoint": f"ipc://{bus}"})
 
+    def start(self, role: str, arguments: Mapping[str, Any], log: Path) -> Child:
+        return worker("edgezmq_side", role, arguments, log=log)
+
 
 class Nats:
     """nats-server as it is installed, but with room for a subscriber that lags, so that it loses nothing."""
 
-    side = "nats_side"
     probe_messages = 10_000
     most_messages = 2_000_000
 
@@ -154,11 +157,13 @@ class Nats:
             wait_for_port(port, child)
             yield Server(child, {"url": f"nats://127.0.0.1:{port}", "uvloop": self._uvloop})
 
+    def start(self, role: str, arguments: Mapping[str, Any], log: Path) -> Child:
+        return worker("nats_side", role, arguments, log=log)
+
 
 class Mosquitto:
     """mosquitto in memory, without limits on its queues."""
 
-    side = "mosquitto_side"
     name = report.MOSQUITTO
     probe_messages = 2_000
     most_messages = 200_000
@@ -175,6 +180,9 @@ class Mosquitto:
     def serve(self, directory: Path) -> Iterator[Server]:
         with mosquitto(directory, "persistence false\nmax_queued_messages 0\n") as (child, port):
             yield Server(child, {"port": port})
+
+    def start(self, role: str, arguments: Mapping[str, Any], log: Path) -> Child:
+        return worker("mosquitto_side", role, arguments, log=log)
 
 
 @contextmanager

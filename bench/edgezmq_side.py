@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections import deque
 
-from bench.payload import Sequence, filler
+from bench.payload import Sequence, filler, stamp_of, stamped
 from bench.worker import Arguments, Gate
 from runtime.client import Bus, Receipt
 from runtime.message import Message
@@ -37,6 +37,7 @@ def responder(arguments: Arguments, gate: Gate) -> None:
 
 async def _send(arguments: Arguments, gate: Gate) -> None:
     count, rest = arguments["count"], filler(arguments["size"])
+    per_second = arguments.get("per_second", 0)
     async with Bus.connect("bench-sender", endpoint=arguments["endpoint"]) as bus:
         await bus.wait_attached()
         gate.ready()
@@ -45,6 +46,9 @@ async def _send(arguments: Arguments, gate: Gate) -> None:
         delivered = 0
         started = time.monotonic_ns()
         for number in range(count):
+            if per_second:
+                await asyncio.sleep((started + number * 1_000_000_000 // per_second - time.monotonic_ns()) / 1e9)
+                rest = stamped(arguments["size"], time.monotonic_ns())
             message = Message.build(resource=RESOURCE, operation="update", content=number.to_bytes(8, "big") + rest)
             pending.append(await bus.send(SINK, message))
             while pending and pending[0].settled:
@@ -61,8 +65,11 @@ async def _send(arguments: Arguments, gate: Gate) -> None:
 async def _receive(arguments: Arguments, gate: Gate) -> None:
     sequence, count = Sequence(), arguments["count"]
     finished = asyncio.Event()
+    is_paced, took_us = bool(arguments.get("per_second")), list[float]()
 
     async def handle(message: Message) -> None:
+        if is_paced:
+            took_us.append((time.monotonic_ns() - stamp_of(message.content)) / 1000)
         if sequence.take(message.content) == count:
             finished.set()
 
@@ -72,7 +79,7 @@ async def _receive(arguments: Arguments, gate: Gate) -> None:
         await asyncio.to_thread(gate.wait)
         async with asyncio.timeout(WAIT_SECONDS):
             await finished.wait()
-        gate.result(received=sequence.received, skips=sequence.skips, last_ns=time.monotonic_ns())
+        gate.result(received=sequence.received, skips=sequence.skips, last_ns=time.monotonic_ns(), took_us=took_us)
         await asyncio.to_thread(gate.stay)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 NUMBER_BYTES = 8
+STAMP_BYTES = 8
 READING_BYTES = 256
 FIRST_READING = 1_000_000
 "So that all numbers have the same length."
@@ -14,6 +15,16 @@ _READING_FILLER = "x" * (READING_BYTES - len(f'{{"number":{FIRST_READING},"fille
 def filler(size: int) -> bytes:
     """What follows the number in a payload of `size` bytes."""
     return b"x" * (size - NUMBER_BYTES)
+
+
+def stamped(size: int, at_ns: int) -> bytes:
+    """The same, with the monotonic time of sending, in ns, behind the number."""
+    return at_ns.to_bytes(STAMP_BYTES, "big") + b"x" * (size - NUMBER_BYTES - STAMP_BYTES)
+
+
+def stamp_of(payload: bytes | bytearray) -> int:
+    """When a stamped payload was sent, in ns."""
+    return int.from_bytes(payload[NUMBER_BYTES : NUMBER_BYTES + STAMP_BYTES], "big")
 
 
 def reading(number: int) -> dict[str, Any]:

@@ -18,8 +18,23 @@ NATS = "nats"
 NATS_UVLOOP = "nats_uvloop"
 MOSQUITTO = "mosquitto_qos1"
 
+C_TO_C = "c_to_c"
+GO_TO_GO = "go_to_go"
+C_TO_PYTHON = "c_to_python"
+PYTHON_TO_C = "python_to_c"
+POLYGLOT: Mapping[str, str] = {
+    EDGEZMQ: "Python → Python",
+    C_TO_C: "C → C",
+    GO_TO_GO: "Go → Go",
+    C_TO_PYTHON: "C → Python",
+    PYTHON_TO_C: "Python → C",
+}
+"Modules at both ends of our bus, by their languages, and how they are called in the table."
+
 BUS_256 = "bus_256_msgs_per_s"
 BUS_4096 = "bus_4096_msgs_per_s"
+LATENCY_P50 = "bus_latency_p50_us"
+LATENCY_P99 = "bus_latency_p99_us"
 REQUEST_P50 = "request_p50_us"
 REQUEST_P99 = "request_p99_us"
 START = "start_to_connected_s"
@@ -49,16 +64,20 @@ CLOUD_MEASURES: Mapping[str, str] = {
 "The measures of the cloud link, each over WSS and QUIC, and their names in the table."
 
 CONTENDERS: Mapping[str, Sequence[str]] = {
-    BUS_256: (EDGEZMQ, NATS, NATS_UVLOOP, MOSQUITTO),
-    BUS_4096: (EDGEZMQ, NATS, NATS_UVLOOP, MOSQUITTO),
-    REQUEST_P50: (EDGEZMQ, NATS, NATS_UVLOOP),
-    REQUEST_P99: (EDGEZMQ, NATS, NATS_UVLOOP),
+    BUS_256: (*POLYGLOT, NATS, NATS_UVLOOP, MOSQUITTO),
+    BUS_4096: (*POLYGLOT, NATS, NATS_UVLOOP, MOSQUITTO),
+    LATENCY_P50: tuple(POLYGLOT),
+    LATENCY_P99: tuple(POLYGLOT),
+    REQUEST_P50: (EDGEZMQ, GO_TO_GO, PYTHON_TO_C, NATS, NATS_UVLOOP),
+    REQUEST_P99: (EDGEZMQ, GO_TO_GO, PYTHON_TO_C, NATS, NATS_UVLOOP),
 }
-"The measures with peers, and who takes part."
+"The measures with peers, and who takes part. The client in C asks nobody, so it only answers."
 
 LABELS: Mapping[str, str] = {
     BUS_256: "bus, one → one, 256 B, messages/s",
     BUS_4096: "bus, one → one, 4096 B, messages/s",
+    LATENCY_P50: "one → one at 1000/s, p50, µs",
+    LATENCY_P99: "one → one at 1000/s, p99, µs",
     REQUEST_P50: "request → reply, p50, µs",
     REQUEST_P99: "request → reply, p99, µs",
     START: "start to link served, warm, s",
@@ -158,7 +177,13 @@ def as_json(results: Results) -> dict[str, Any]:
 
 def as_text(results: Results) -> str:
     """The tables for the terminal."""
-    parts = [_peer_table(results), _cpu_table(results), _cloud_table(results), _node_table(results)]
+    parts = [
+        _peer_table(results),
+        _polyglot_table(results),
+        _cpu_table(results),
+        _cloud_table(results),
+        _node_table(results),
+    ]
     if results.not_run:
         parts.append("\n".join(f"not run: {what}: {why}" for what, why in results.not_run.items()))
     return "\n\n".join(part for part in parts if part)
@@ -167,7 +192,7 @@ def as_text(results: Results) -> str:
 def _peer_table(results: Results) -> str:
     rows = []
     for measure, contenders in CONTENDERS.items():
-        if measure not in results.rounds:
+        if measure not in results.rounds or measure in (LATENCY_P50, LATENCY_P99):
             continue
         ours = results.summary(measure)
         by_name = {name: results.summary(measure, name) for name in contenders}
@@ -184,6 +209,18 @@ def _peer_table(results: Results) -> str:
         ["median (range)", EDGEZMQ, NATS, "nats, uvloop", "mosquitto QoS 1", "÷ nats", "÷ mosquitto"],
         rows,
     )
+
+
+def _polyglot_table(results: Results) -> str:
+    rows = [
+        [
+            LABELS[measure],
+            *(cell(results.summary(measure, name)) if name in contenders else "–" for name in POLYGLOT),
+        ]
+        for measure, contenders in CONTENDERS.items()
+        if measure in results.rounds
+    ]
+    return render(["modules in other languages", *POLYGLOT.values()], rows) if rows else ""
 
 
 def _cpu_table(results: Results) -> str:

@@ -25,9 +25,20 @@ def test_the_document_has_every_key_that_checks_read_even_when_nothing_ran() -> 
         "nats": None,
         "nats_uvloop": None,
         "mosquitto_qos1": None,
+        "c_to_c": None,
+        "go_to_go": None,
+        "c_to_python": None,
+        "python_to_c": None,
     }
     assert document["bus_4096_msgs_per_s"].keys() == document["bus_256_msgs_per_s"].keys()
-    assert document["request_p50_us"] == {"edgezmq": None, "nats": None, "nats_uvloop": None}
+    assert document["request_p50_us"] == {
+        "edgezmq": None,
+        "nats": None,
+        "nats_uvloop": None,
+        "go_to_go": None,
+        "python_to_c": None,
+    }
+    assert document["bus_latency_p50_us"].keys() == {"edgezmq", "c_to_c", "go_to_go", "c_to_python", "python_to_c"}
     assert document["request_p99_us"].keys() == document["request_p50_us"].keys()
     for key in ("idle_pss_mib", "start_to_connected_s", "eventbus_confirmed_per_s", "idle_cpu_percent"):
         assert document[key] is None
@@ -46,6 +57,14 @@ def test_the_document_gives_medians_and_ranges() -> None:
     assert document["ranges"]["bus_256_msgs_per_s"]["edgezmq"] == [100.0, 300.0]
     assert document["start_to_connected_s"] == 2.0
     assert document["rounds"]["bus_256_msgs_per_s"]["edgezmq"] == [300.0, 100.0, 200.0]
+
+
+def test_modules_in_other_languages_have_a_table_and_what_is_not_measured_of_them_a_dash() -> None:
+    results = Results()
+    results.add(report.REQUEST_P50, report.EDGEZMQ, 600.0)
+    results.add(report.REQUEST_P50, report.PYTHON_TO_C, 400.0)
+    table = as_text(results).split("\n\n")[1]
+    assert [cell.strip() for cell in table.splitlines()[2].split("|")[2:-1]] == ["600", "–", "not run", "–", "400"]
 
 
 def test_the_cloud_link_has_figures_for_each_transport() -> None:
