@@ -14,8 +14,6 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-
 
 def shares_fixtures(item: pytest.Item) -> bool:
     """Whether something it uses is made once for its file."""
@@ -28,12 +26,13 @@ def shares_fixtures(item: pytest.Item) -> bool:
     )
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("alone"):
             item.add_marker(pytest.mark.xdist_group("alone"))
         elif not item.get_closest_marker("xdist_group") and shares_fixtures(item):
-            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(ROOT).as_posix()))
+            item.add_marker(pytest.mark.xdist_group(item.location[0]))
     items.sort(key=lambda item: not item.get_closest_marker("alone"))  # stable: the rest as it was
 
 
