@@ -44,8 +44,10 @@ const (
 const (
 	helloInterval = 500 * time.Millisecond
 	drainTime     = 8 * time.Second
-	window        = 1024    // unsettled messages of a lane; the broker's own limit is taken when it is lower
+	window        = 4096    // unsettled messages of a lane; the broker's own limit is taken when it is lower
 	windowBytes   = 1 << 20 // likewise, before WELCOME has told one
+	maxBatch      = 1024    // messages; likewise
+	batchBytes    = 1 << 18 // before WELCOME has told a number
 	maxFloors     = 1024    // in one PING
 	maxBooks      = 4096    // of lanes towards us, and as many senders
 	retries       = 2       // of a handler that fails
@@ -145,27 +147,24 @@ type laneKey struct {
 	priority    int
 }
 
-// batch is one message of ours under way: this client sends them one by one.
+// batch is messages of one lane under one header. It grows until it is sent, and never changes afterwards.
 type batch struct {
-	number    int64
+	first     int64
 	flags     int
 	requester []byte
-	body      []byte
-	deadline  time.Time // zero: none
-	receipt   *Receipt
+	body      []byte     // the messages, without the array around them
+	deadline  time.Time  // zero: none
+	receipts  []*Receipt // one for each message
+	isSent    bool
 }
+
+func (b *batch) last() int64 { return b.first + int64(len(b.receipts)) - 1 }
 
 type lane struct {
-	next  int64
-	open  []*batch // unsettled, in order
-	bytes int
-}
-
-func (l *lane) floor() int64 {
-	if len(l.open) > 0 {
-		return l.open[0].number
-	}
-	return l.next
+	key         laneKey
+	floor, next int64
+	open        []*batch // unsettled, in order; of the first perhaps only the end
+	bytes       int      // of them
 }
 
 type bookKey struct {
@@ -191,6 +190,7 @@ type book struct {
 	sessionHigh, told int64
 	queue             []*item
 	busy              bool
+	isOwed            bool  // an ACK, with those of the others
 	used              int64 // the number of the last DELIVER that was for it
 }
 
@@ -208,6 +208,9 @@ type Client struct {
 	mu          sync.Mutex
 	room        *sync.Cond
 	out         [][][]byte
+	unsent      []*lane // with batches to be sent
+	owed        []*book
+	rung        bool // the goroutine of the DEALER will look
 	wake        *zmq.Socket
 	attached    bool
 	draining    bool
@@ -233,7 +236,7 @@ type Client struct {
 	ctx         context.Context
 }
 
-type limits struct{ message, window, windowBytes int }
+type limits struct{ message, window, windowBytes, batch, batchBytes int }
 
 // New makes a client; Run connects it. Send may be called before.
 func New(options Options) *Client {
@@ -247,7 +250,7 @@ func New(options Options) *Client {
 		incarnation: incarnation,
 		session:     -1,
 		heartbeat:   time.Second,
-		limits:      limits{windowBytes, 64, windowBytes},
+		limits:      limits{windowBytes, 64, windowBytes, 64, batchBytes},
 		lanes:       map[laneKey]*lane{},
 		books:       map[bookKey]*book{},
 		generations: map[string]int64{},
@@ -316,6 +319,7 @@ func (c *Client) serve(ctx context.Context, dealer, bell *zmq.Socket) error {
 	for {
 		c.mu.Lock()
 		now := time.Now()
+		c.rung = false
 		if ctx.Err() != nil && drainUntil.IsZero() {
 			drainUntil = now.Add(drainTime)
 			c.draining = true
@@ -326,11 +330,13 @@ func (c *Client) serve(ctx context.Context, dealer, bell *zmq.Socket) error {
 		}
 		if !drainUntil.IsZero() && (c.isDone() || now.After(drainUntil)) {
 			if c.attached {
+				c.collect()
 				c.put("BYE/1", false)
 			}
 			c.ended = context.Cause(ctx)
 		}
 		c.keepAttached(now)
+		c.collect()
 		c.flush(dealer)
 		ended := c.ended
 		if ended != nil {
@@ -421,31 +427,32 @@ func (c *Client) send(ctx context.Context, to string, priority, flags int, reque
 	if err != nil {
 		return nil, err
 	}
-	b := &batch{flags: flags, requester: requester, body: body, receipt: &Receipt{settled: make(chan struct{})}}
-	if deadline, ok := ctx.Deadline(); ok && flags&flagExpectsReply != 0 {
-		b.deadline = deadline
-	}
-	stop := context.AfterFunc(ctx, func() {
-		c.mu.Lock()
-		c.room.Broadcast()
-		c.mu.Unlock()
-	})
-	defer stop()
+	receipt := &Receipt{settled: make(chan struct{})}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	key := laneKey{to, priority}
 	l := c.lanes[key]
 	if l == nil {
-		l = &lane{next: 1}
+		l = &lane{key: key, floor: 1, next: 1}
 		c.lanes[key] = l
 	}
+	isWaiting := false
 	for priority != priorityReply && len(l.open) > 0 &&
-		(len(l.open) >= c.limits.window || l.bytes+len(body) > c.limits.windowBytes) {
+		(l.next-l.floor >= int64(c.limits.window) || l.bytes+len(body) > c.limits.windowBytes) {
 		if c.ended != nil {
 			return nil, c.ended
 		}
 		if err := ctx.Err(); err != nil {
 			return nil, err
+		}
+		if !isWaiting {
+			isWaiting = true
+			stop := context.AfterFunc(ctx, func() {
+				c.mu.Lock()
+				c.room.Broadcast()
+				c.mu.Unlock()
+			})
+			defer stop()
 		}
 		c.room.Wait()
 	}
@@ -455,15 +462,28 @@ func (c *Client) send(ctx context.Context, to string, priority, flags int, reque
 	if len(body) > c.limits.message {
 		return nil, ErrTooLarge
 	}
-	b.number = l.next
+	var b *batch
+	if len(l.open) > 0 {
+		b = l.open[len(l.open)-1]
+	}
+	// Only plain messages share a batch: a header of one tells of requests and replies.
+	if b == nil || b.isSent || flags != 0 || b.flags != 0 || len(b.receipts) >= c.limits.batch ||
+		len(b.body)+len(body) > c.limits.batchBytes {
+		b = &batch{first: l.next, flags: flags, requester: requester}
+		if deadline, ok := ctx.Deadline(); ok && flags&flagExpectsReply != 0 {
+			b.deadline = deadline
+		}
+		l.open = append(l.open, b)
+		c.unsent = append(c.unsent, l)
+	}
+	b.body = append(b.body, body...)
+	b.receipts = append(b.receipts, receipt)
 	l.next++
-	l.open = append(l.open, b)
 	l.bytes += len(body)
 	if c.attached {
-		c.putBatch(key, l, b)
 		c.ring2()
 	}
-	return b.receipt, nil
+	return receipt, nil
 }
 
 // --- out; c.mu is held -------------------------------------------------------------------------------
@@ -476,7 +496,36 @@ func (c *Client) put(verb string, fields ...any) {
 	c.out = append(c.out, [][]byte{[]byte(verb), header})
 }
 
-func (c *Client) putBatch(key laneKey, l *lane, b *batch) {
+// collect puts the batches that have come together, then the ACKs: a reply goes before the ACK of its request (rule 28).
+func (c *Client) collect() {
+	if !c.attached {
+		return // WELCOME will bring everything
+	}
+	for _, l := range c.unsent {
+		at := len(l.open)
+		for at > 0 && !l.open[at-1].isSent {
+			at--
+		}
+		for _, b := range l.open[at:] {
+			c.putBatch(l, b)
+		}
+	}
+	c.unsent = c.unsent[:0]
+	for _, b := range c.owed {
+		b.isOwed = false
+		c.acknowledge(b)
+	}
+	c.owed = c.owed[:0]
+}
+
+func (c *Client) owe(b *book) {
+	if !b.isOwed {
+		b.isOwed = true
+		c.owed = append(c.owed, b)
+	}
+}
+
+func (c *Client) putBatch(l *lane, b *batch) {
 	var ttl, requester any
 	if !b.deadline.IsZero() {
 		ttl = max(time.Until(b.deadline).Milliseconds(), 0)
@@ -484,8 +533,16 @@ func (c *Client) putBatch(key laneKey, l *lane, b *batch) {
 	if b.requester != nil {
 		requester = b.requester
 	}
-	c.put("SEND/1", key.destination, key.priority, b.number, 1, l.floor(), b.flags, ttl, requester)
-	c.out[len(c.out)-1] = append(c.out[len(c.out)-1], b.body)
+	count := len(b.receipts)
+	c.put("SEND/1", l.key.destination, l.key.priority, b.first, count, l.floor, b.flags, ttl, requester)
+	body := make([]byte, 0, 3+len(b.body))
+	if count < 16 {
+		body = append(body, 0x90|byte(count))
+	} else {
+		body = append(body, 0xdc, byte(count>>8), byte(count))
+	}
+	c.out[len(c.out)-1] = append(c.out[len(c.out)-1], append(body, b.body...))
+	b.isSent = true
 	b.flags |= flagResent // if it goes once more
 }
 
@@ -506,7 +563,8 @@ func (c *Client) ring() {
 }
 
 func (c *Client) ring2() {
-	if c.wake != nil {
+	if c.wake != nil && !c.rung {
+		c.rung = true
 		_, _ = c.wake.SendBytes(nil, zmq.DONTWAIT)
 	}
 }
@@ -610,11 +668,15 @@ func (c *Client) onWelcome(h header, now time.Time) {
 	c.heartbeat = min(time.Duration(h.int(3))*time.Millisecond, c.options.Liveness/3)
 	c.attached, c.takenSince = true, time.Time{}
 	if l := header(h.list(5)); len(l) >= 3 {
-		c.limits = limits{int(l.int(0)), min(int(l.int(1)), window), int(l.int(2))}
+		c.limits.message, c.limits.window, c.limits.windowBytes = int(l.int(0)), min(int(l.int(1)), window), int(l.int(2))
+		if len(l) >= 5 {
+			c.limits.batch, c.limits.batchBytes = min(int(l.int(3)), maxBatch), int(l.int(4))
+		}
 	}
-	for key, l := range c.lanes {
+	c.unsent = c.unsent[:0]
+	for _, l := range c.lanes {
 		for _, b := range l.open { // everything unsettled, in order (rule 4)
-			c.putBatch(key, l, b)
+			c.putBatch(l, b)
 		}
 	}
 	if c.draining {
@@ -649,7 +711,7 @@ func (c *Client) onRefused(h header, now time.Time) {
 func (c *Client) onSettled(h header) {
 	l := c.lanes[laneKey{h.str(0), int(h.int(1))}]
 	cumulative := h.int(2)
-	if l == nil || cumulative < l.floor() || cumulative >= l.next {
+	if l == nil || cumulative < l.floor || cumulative >= l.next {
 		return
 	}
 	refused := map[int64]string{}
@@ -658,15 +720,18 @@ func (c *Client) onSettled(h header) {
 			refused[header(exception).int(0)] = header(exception).str(1)
 		}
 	}
-	for len(l.open) > 0 && l.open[0].number <= cumulative {
+	for ; l.floor <= cumulative; l.floor++ {
 		b := l.open[0]
-		l.open[0] = nil
-		l.open = l.open[1:]
-		l.bytes -= len(b.body)
-		if reason, ok := refused[b.number]; ok {
-			b.receipt.err = &Refused{reason}
+		receipt := b.receipts[l.floor-b.first]
+		if reason, ok := refused[l.floor]; ok {
+			receipt.err = &Refused{reason}
 		}
-		close(b.receipt.settled)
+		close(receipt.settled)
+		if l.floor == b.last() { // it stays whole until then
+			l.open[0] = nil
+			l.open = l.open[1:]
+			l.bytes -= len(b.body)
+		}
 	}
 	c.room.Broadcast()
 }
@@ -755,7 +820,7 @@ func (c *Client) onDeliver(h header, body []byte) {
 			c.work(b, i)
 		}
 	}
-	c.acknowledge(b)
+	c.owe(b)
 }
 
 // forgetOlder drops the books of a sender's earlier processes: the broker delivers a newer one's messages only when all
@@ -854,7 +919,7 @@ func (c *Client) handle(b *book, i *item) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	b.finish(i.number, reason)
-	c.acknowledge(b)
+	c.owe(b)
 	c.ring2()
 }
 
@@ -941,10 +1006,12 @@ func (c *Client) isDone() bool {
 func (c *Client) release(why error) {
 	for _, l := range c.lanes {
 		for _, b := range l.open {
-			b.receipt.err = why
-			close(b.receipt.settled)
+			for _, receipt := range b.receipts[max(l.floor-b.first, 0):] {
+				receipt.err = why
+				close(receipt.settled)
+			}
 		}
-		l.open = nil
+		l.open, l.floor = nil, l.next
 	}
 	c.room.Broadcast()
 	c.freshened.Broadcast()
@@ -953,8 +1020,8 @@ func (c *Client) release(why error) {
 // --- bodies ------------------------------------------------------------------------------------------
 
 func encode(m *Message) ([]byte, error) {
-	return msgpack.Marshal([]any{[]any{m.ID, m.ParentID, m.Timestamp, m.Sync, m.ResourceVersion, m.Source, m.Group,
-		m.Resource, m.Operation, m.Kind, m.Content}})
+	return msgpack.Marshal([]any{m.ID, m.ParentID, m.Timestamp, m.Sync, m.ResourceVersion, m.Source, m.Group,
+		m.Resource, m.Operation, m.Kind, m.Content})
 }
 
 // decode returns nil for a body that is no array of count messages. Fields may be missing at the end, or be new to us.
