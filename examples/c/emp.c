@@ -60,6 +60,7 @@ typedef struct {
 /* What is known of one lane towards us: all up to high, outcomes of all up to done (handled in order). */
 typedef struct book {
     struct book *following;
+    char sender[NAME_SIZE];
     uint8_t incarnation[INCARNATION];
     char destination[NAME_SIZE];
     int priority;
@@ -541,10 +542,15 @@ static void fail(book *b, int64_t number, emp_text reason) {
     if (!copy_text(f->reason, sizeof f->reason, reason)) strcpy(f->reason, "failed");
 }
 
-static book *book_of(emp *bus, emp_text incarnation, emp_text destination, int priority) {
+static bool is_same(const char *string, emp_text other) {
+    return strlen(string) == other.size && memcmp(string, other.data, other.size) == 0;
+}
+
+/* By sender too: anybody may say another's incarnation. */
+static book *book_of(emp *bus, emp_text sender, emp_text incarnation, emp_text destination, int priority) {
     for (book *b = bus->books; b != NULL; b = b->following)
         if (memcmp(b->incarnation, incarnation.data, INCARNATION) == 0 && b->priority == priority &&
-            strlen(b->destination) == destination.size && memcmp(b->destination, destination.data, destination.size) == 0)
+            is_same(b->sender, sender) && is_same(b->destination, destination))
             return b;
     return NULL;
 }
@@ -575,10 +581,11 @@ static void on_deliver(emp *bus, const msgpack_object *header, const void *body,
         return;
     }
     k = generation_of(bus, sender);
-    b = book_of(bus, incarnation, destination, priority);
+    b = book_of(bus, sender, incarnation, destination, priority);
     if (b == NULL) {
         b = must(calloc(1, sizeof *b));
         memcpy(b->incarnation, incarnation.data, INCARNATION);
+        copy_text(b->sender, sizeof b->sender, sender);
         copy_text(b->destination, sizeof b->destination, destination);
         b->priority = priority;
         b->base = floor;
