@@ -83,7 +83,7 @@ status: $(VENV)/.stamp-run ## What the node in .state does
 
 # Side by side: most tests wait for most of their time. The stretch is for the deadlines of waits only.
 test: $(VENV)/.stamp-dev ## All tests, side by side; ARGS="-k routing", ARGS="-n 0" for one after the other
-	@EDGEZMQ_TEST_STRETCH=$${EDGEZMQ_TEST_STRETCH:-2} $(PY) -m pytest -n $(TEST_WORKERS) --dist loadgroup $(ARGS)
+	@EDGEZMQ_TEST_STRETCH=$${EDGEZMQ_TEST_STRETCH:-2} $(PY) -m pytest -n $(TEST_WORKERS) --dist loadscope $(ARGS)
 
 examples: $(VENV)/.stamp-run ## Build the modules in other languages and test them; ARGS="go c"
 	@$(PY) examples/run.py $(ARGS)

@@ -22,11 +22,6 @@ import pytest
 ROOM = Path(__file__).parent / "room"
 ROOM.mkdir(exist_ok=True)
 
-@pytest.fixture(scope="module")
-def made():
-    with open(ROOM.parent / "made", "a") as file:
-        file.write("x")
-
 def stay(name):
     (ROOM / name).touch()
     time.sleep(0.05)  # in which the others are met
@@ -41,10 +36,6 @@ def test_among_others(number):
     with open(ROOM.parent / "met", "a") as file:
         file.write(f"{len(found)}\\n")
 
-@pytest.mark.parametrize("number", range(12))
-def test_that_shares(number, made):
-    pass
-
 @pytest.mark.alone
 @pytest.mark.parametrize("number", range(3))
 def test_alone(number):
@@ -52,12 +43,29 @@ def test_alone(number):
 """
 
 
+SHARING = """
+from pathlib import Path
+
+import pytest
+
+@pytest.fixture(scope="module")
+def made():
+    with open(Path(__file__).parent / "made", "a") as file:
+        file.write("x")
+
+@pytest.mark.parametrize("number", range(12))
+def test_that_shares(number, made):
+    pass
+"""
+
+
 @pytest.mark.processes
 def test_those_marked_alone_meet_nobody_others_do_and_what_a_file_shares_is_made_once(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
     (tmp_path / "test_it.py").write_text(TESTS)
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  alone: x\n  xdist_group: x\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "3", "--dist", "loadgroup"]
+    (tmp_path / "test_sharing.py").write_text(SHARING)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  alone: x\n  processes: x\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "3", "--dist", "loadscope"]
     done = subprocess.run([*command, "."], cwd=tmp_path, capture_output=True, text=True, timeout=4 * DEADLINE)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "27 passed" in done.stdout

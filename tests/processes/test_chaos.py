@@ -16,7 +16,7 @@ from chaos.mixed import FLOWS, MODULES
 from demo.around import find_mosquitto
 from tests.support.deadline import DEADLINE
 
-pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("chaos")]
+pytestmark = pytest.mark.processes
 
 needs_cc = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler: the shim cannot be built")
 needs_mosquitto = pytest.mark.skipif(find_mosquitto() is None, reason="no mosquitto on this machine")
