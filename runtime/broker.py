@@ -42,6 +42,9 @@ log = logging.getLogger("runtime.broker")
 
 TURN_MESSAGES: Final = 256
 "Multipart messages read before what they caused is sent."
+TURN_KEYS: Final = 64
+"Connections over tcp whose key is looked at in one turn."
+MAX_TOLD_KEYS: Final = 256
 STALL_SECONDS: Final = 1.0
 "After a longer pause of our own (SIGSTOP, swap) nobody is called silent before all that is pending was read (rule 23)."
 AFTER_STALL_SECONDS: Final = 0.25
@@ -49,6 +52,8 @@ SEND_HWM: Final = 100_000
 "Frames queued for one peer. Windows keep a sane peer far below; one that reaches it is cut off and asked who it is."
 _TELL_UNREAD_SECONDS: Final = 10.0
 SOCKET_MODE: Final = 0o660
+HANDSHAKE_MS: Final = 5000
+"Who comes over tcp and does not prove a key by then holds a descriptor of ours no longer."
 LEAVE_SECONDS: Final = 2.0
 "For modules to learn why, before an endpoint that configuration has given up is closed."
 
@@ -103,6 +108,7 @@ class Broker:
         self._ending: dict[int, float] = {}  # given up, and closed at that time
         self._admitted = admitted
         self._zap: zmq.Socket[bytes] | None = None
+        self._turned_away: set[str] = set()
         self._poll = select.epoll()
         self._watched: dict[int, tuple[str, int]] = {}  # pidfd -> name, pid
         self._dead: list[tuple[str, int]] = []
@@ -141,6 +147,7 @@ class Broker:
         socket.setsockopt(zmq.MAXMSGSIZE, self._max_frame_bytes)
         if listener.secret_key:
             socket.setsockopt(zmq.CURVE_SERVER, 1)
+            socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
             socket.setsockopt_string(zmq.CURVE_SECRETKEY, listener.secret_key)
             socket.setsockopt_string(zmq.ZAP_DOMAIN, "edgezmq")
             # Where the ZAP handler does not answer, nobody comes in (zmq_setsockopt(3)).
@@ -278,12 +285,19 @@ class Broker:
         """Answer libzmq about the keys of new connections; whether it had asked."""
         assert self._zap is not None
         asked = False
-        while is_readable(self._zap):
+        for _ in range(TURN_KEYS):  # those who are in get their turn, however many knock
+            if not is_readable(self._zap):
+                break
             asked = True
             answer, refused = zap.answer(self._zap.recv_multipart(), self._admitted)
-            if refused:
-                log.warning("turned away key=%s", zap.fingerprint(refused))
             self._zap.send_multipart(answer)
+            if answer[2] != b"200":
+                self._core.turned_away()
+            if refused and refused not in self._turned_away:
+                if len(self._turned_away) >= MAX_TOLD_KEYS:
+                    self._turned_away.clear()
+                self._turned_away.add(refused)  # told once: it tries again many times a second
+                log.warning("turned away key=%s", zap.fingerprint(refused))
         return asked
 
     def _read(self, index: int, socket: zmq.Socket[bytes]) -> int:

@@ -51,7 +51,7 @@ METRICS: Final = (
     Metric("edgezmq_broker_retained_messages", "gauge", "Retained messages."),
     Metric("edgezmq_broker_waiting_senders", "gauge", "Senders that wait for room in the byte budget."),
     Metric("edgezmq_broker_resyncs_total", "counter", "How often the broker asked a peer who it is (WHO)."),
-    Metric("edgezmq_broker_refused_frames_total", "counter", "Frames that broke the protocol, by code.", ("code",)),
+    Metric("edgezmq_broker_refused_frames_total", "counter", "Frames and connections refused, by code.", ("code",)),
     # One module's mailbox.
     Metric("edgezmq_module_state", "gauge", "1 for the state the module is in on the bus.", ("module", "state")),
     Metric("edgezmq_module_queued_messages", "gauge", "Waiting for the module in the broker.", _MODULE),
@@ -229,7 +229,8 @@ def render(facts: Facts) -> str:
         known = {program.name for program in facts.programs}
         modules = facts.bus.get("modules") or []
         known |= {module["name"] for module in modules if module.get("declared")}
-        _modules(samples, modules, known)
+        past = (facts.bus.get("broker") or {}).get("refused_of_past") or {}
+        _modules(samples, [*modules, *({"name": "", "refused": counts} for counts in past.values())], known)
         _lanes(samples, facts.bus.get("accounts") or [], known)
         for module in modules:
             counters = module.get("counters") or {}

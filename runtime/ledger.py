@@ -20,6 +20,9 @@ from typing import Any, Final
 OUTBOX_FILE: Final = "outbox.db"
 "Of edgehub, in the node's data directory (docs/edgehub.md)."
 
+LET_GO: Final = "(let go)"
+"In place of names that are long gone."
+
 CLASSES: Final = ("signal", "data")
 
 _BUSY_SECONDS: Final = 5.0
@@ -136,11 +139,13 @@ def compose(bus: Mapping[str, Any] | None, outbox: OutboxLedger | None) -> dict[
     outbox = outbox or OutboxLedger()
     lanes = list(bus.get("accounts", [])) if bus else []
     edgehub = edgehub_account(counters.get("edgehub", {}))
-    refused = refusals(modules)
+    past = bus.get("broker", {}).get("refused_of_past", {}) if bus else {}
+    refused = refusals([*modules, *({"name": name or LET_GO, "refused": counts} for name, counts in past.items())])
     return {
         "is_live": bus is not None,
         "refused": refused,
         "refused_messages": sum(each["messages"] for each in refused),
+        "refused_frames": dict(bus.get("broker", {}).get("refused_frames", {})) if bus else {},
         "dropped": outbox.dropped,
         "dropped_messages": sum(each["messages"] for each in outbox.dropped),
         "examples": outbox.examples,

@@ -43,9 +43,12 @@ from runtime.routing_state import (
 REPLY: Final = int(emp.Priority.REPLY)
 _BROKERS_FLAGS: Final = emp.FROM_STORE | emp.REDELIVERED
 "In a SEND they say nothing."
+TURNED_AWAY: Final = "turned-away"
 MAX_GENERATION: Final = 2**62
 MAX_ACCOUNTS: Final = 256
 "Of a declared module: accounts of destinations that are kept when none of its processes has a lane there."
+MAX_PAST: Final = 256
+"Names that were let go and whose refusals are still told one by one."
 MAX_PEERS: Final = 65536
 "Connections that have not said HELLO are forgotten, oldest first, beyond this."
 
@@ -137,6 +140,7 @@ class RoutingCore:
         self._peers: dict[Peer, Incarnation] = {}
         self._asked: dict[Peer, bool] = {}  # peers that got a WHO and have not said HELLO since
         self._departed: dict[tuple[str, bytes], Incarnation] = {}  # let go while messages of theirs were unsettled
+        self._past: dict[str, Module] = {}  # let go: what they owe and what they were refused is taken up again
         self._parked: list[Lane] = []
         self._dirty_lanes: list[Lane] = []
         self._dirty_modules: list[Module] = []
@@ -153,6 +157,7 @@ class RoutingCore:
         self._generation = clock_ms
         self._now = now
         self._refused_frames: dict[str, int] = {}
+        self._refused_of_past: dict[str, int] = {}
         self._who = 0
         self._sources: dict[str, Incarnation] = {}  # whose retained messages the broker delivers itself
         self.life: list[Life] = []
@@ -201,6 +206,10 @@ class RoutingCore:
     def is_attached(self, peer: Peer) -> bool:
         """Whether `peer` has said HELLO: the shell looks up credentials only for those that have not."""
         return peer in self._peers
+
+    def turned_away(self) -> None:
+        """Somebody came over tcp with a key that no rule names, or with none: counted with what is refused."""
+        self._refused_frames[TURNED_AWAY] = self._refused_frames.get(TURNED_AWAY, 0) + 1
 
     def lost(self, peer: Peer, now: float) -> None:
         """The connection is gone (libzmq could not send): what was in flight waits for the next HELLO."""
@@ -274,7 +283,7 @@ class RoutingCore:
             if lane.sender.name in names:
                 for batch in [batch for batch in lane.batches if not batch.routed]:
                     self._refuse_batch(lane, batch, emp.DENIED)
-        for module in self._modules.values():
+        for module in (*self._modules.values(), *self._past.values()):
             if module.name in names:
                 while module.paced:
                     self._refuse_batch(*module.paced.popleft(), emp.DENIED)
@@ -496,7 +505,24 @@ class RoutingCore:
     def _new_module(self, name: str, groups: frozenset[str], now: float, *, declared: bool = False) -> Module:
         module = Module(name, declared=declared, groups=groups, now=now)
         module.pace = self._pace_of(name)
+        past = self._past.pop(name, None)
+        if past is not None:
+            # Or leaving and coming back would give another window, another quota, and nothing in the ledger.
+            module.usages, module.refused, module.paced = past.usages, past.refused, past.paced
+            self._paced = [module if each is past else each for each in self._paced]
         return module
+
+    def _remember(self, module: Module) -> None:
+        """It is let go. Those who owe nothing are forgotten, oldest first, beyond MAX_PAST."""
+        if module.refused or module.paced or any(usage.messages for usage in module.usages.values()):
+            self._past[module.name] = module
+        if len(self._past) > MAX_PAST:
+            for name, past in list(self._past.items()):
+                if not past.paced and not any(usage.messages for usage in past.usages.values()):
+                    del self._past[name]
+                    for reason, count in past.refused.items():
+                        self._refused_of_past[reason] = self._refused_of_past.get(reason, 0) + count
+                    return
 
     def _fence(self, holder: Incarnation, generation: int, now: float) -> None:
         """`holder` loses its name to a process of `generation`."""
@@ -563,6 +589,7 @@ class RoutingCore:
         for outlet in list(module.outlets.values()):
             self._refuse_all(outlet, emp.GONE)
         self._modules.pop(module.name, None)
+        self._remember(module)
         holder, module.holder = module.holder, None
         if holder is not None:
             holder.peer = None
@@ -1440,12 +1467,20 @@ class RoutingCore:
                 "byte_budget": self.limits.byte_budget,
                 "retained": len(self._retained),
                 "refused_frames": dict(self._refused_frames),
+                "refused_of_past": self._count_past(),
                 "resyncs_asked": self._who,
                 "senders_waiting_for_room": len(self._throttled),
             },
             "modules": [self._module_statistics(module, now) for module in self._modules.values()],
             "accounts": self._accounts(),
         }
+
+    def _count_past(self) -> dict[str, dict[str, int]]:
+        """What modules were refused that have been let go, by name; "" stands for those of long ago."""
+        counts = {name: dict(module.refused) for name, module in self._past.items() if module.refused}
+        if self._refused_of_past:
+            counts[""] = dict(self._refused_of_past)
+        return counts
 
     def _accounts(self) -> list[dict[str, Any]]:
         """Of each lane, over its sender's incarnations: accepted = delivered + refused + held, or `balanced` is false.

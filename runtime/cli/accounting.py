@@ -23,6 +23,10 @@ _ANSWER_SECONDS: Final = 2.0
 _EXAMPLES: Final = 10
 "Shown to people; --json has all that are kept."
 _WIDE: Final = 200
+_FRAMES: Final = {
+    "denied": "denied: names (HELLO) and questions (ADMIN) that the policy does not grant",
+    "turned-away": "turned-away: connections over tcp without a key that a rule names",
+}
 
 
 def show(*, as_json: bool) -> int:
@@ -76,6 +80,8 @@ def render(ledger: dict[str, Any], console: Console) -> None:
         say(f"refused (the sender was told; since the broker's start): {_count(ledger['refused_messages'])}")
         for each in ledger["refused"]:
             say(f"  {each['messages']:>10}  {each['reason']}, {each['module']}")
+    for code, frames in sorted(ledger["refused_frames"].items()):
+        say(f"  {frames:>10}  {_FRAMES.get(code, f'frames: {code}')}")
     say(f"dropped after acceptance (since the outbox was made): {_count(ledger['dropped_messages'])}")
     for each in ledger["dropped"]:
         say(f"  {each['messages']:>10}  {each['reason']}, {each['class']}, {size(each['bytes'])}")

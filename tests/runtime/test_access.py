@@ -351,6 +351,51 @@ def test_leaving_and_coming_back_gives_no_fresh_quota() -> None:
     assert came <= 11
 
 
+def test_leaving_and_coming_back_gives_no_fresh_window_and_leaves_its_denials_in_the_account() -> None:
+    rule = Rule(uids=frozenset({0}), destinations=frozenset({"sink"}))
+    room = BrokerRoom(access=policy(0, pump=rule), declared={"sink": ()}, window=10)
+    for _ in range(10):
+        pump = room.peer("pump")
+        for number in range(1, 11):
+            pump.send("sink", number)
+        pump.send("secret", 1)
+        pump.put(emp.BYE, emp.Bye(True))
+    assert room.status("sink")["queued"] <= 20
+    past = room.core.statistics(room.now)["broker"]["refused_of_past"]
+    assert past["pump"]["denied"] == 10
+    sink = room.peer("sink")
+    assert len(sink.ack_all()) <= 20
+    assert room.peer("pump").session > 0
+    assert room.status("pump")["refused"]["denied"] == 10
+
+
+def test_names_that_were_let_go_are_forgotten_in_time_and_their_refusals_still_counted() -> None:
+    room = BrokerRoom(access=policy(0))
+    for number in range(1000):
+        drifter = room.peer(f"drifter-{number}")
+        drifter.send("nobody", 1)
+        drifter.put(emp.BYE, emp.Bye(True))
+    past = room.core.statistics(room.now)["broker"]["refused_of_past"]
+    assert len(past) <= 257
+    assert sum(counts["unroutable"] for counts in past.values()) == 1000
+
+
+def test_what_waits_for_the_quota_comes_in_its_order_over_a_return() -> None:
+    room = BrokerRoom(access=policy(0, pump=granted(messages_per_second=10)))
+    sink = room.peer("sink")
+    came = []
+    for _ in range(3):
+        pump = room.peer("pump")
+        for number in range(1, 9):
+            pump.send("sink", number)
+        pump.put(emp.BYE, emp.Bye(True))
+    for _ in range(100):
+        room.pass_time(0.05)
+        came += [(header.generation, header.first) for header in sink.ack_all()]
+    assert came == sorted(came)
+    assert len(came) == 24
+
+
 def test_an_incarnation_is_its_own_names_alone() -> None:
     """Whoever gets a message learns its sender's incarnation, and may say it is its own."""
     room = BrokerRoom(access=policy(0, pump=granted(), thief=granted(), sink=granted()))
