@@ -262,7 +262,12 @@ func New(options Options) *Client {
 
 // Run attaches and serves until ctx ends (it then drains) or the broker turns us away.
 func (c *Client) Run(ctx context.Context) error {
-	dealer, err := zmq.NewSocket(zmq.DEALER)
+	own, err := zmq.NewContext()
+	if err != nil {
+		return err
+	}
+	defer own.Term() // waits, as long as the sockets linger, until BYE is on its way
+	dealer, err := own.NewSocket(zmq.DEALER)
 	if err != nil {
 		return err
 	}
@@ -276,7 +281,7 @@ func (c *Client) Run(ctx context.Context) error {
 		}
 	}
 	// Goroutines wake the one that owns the DEALER through a pair of their own: a socket is for one at a time.
-	bell, err := zmq.NewSocket(zmq.PAIR)
+	bell, err := own.NewSocket(zmq.PAIR)
 	if err != nil {
 		return err
 	}
@@ -285,10 +290,11 @@ func (c *Client) Run(ctx context.Context) error {
 	if err := bell.Bind(name); err != nil {
 		return err
 	}
-	wake, err := zmq.NewSocket(zmq.PAIR)
+	wake, err := own.NewSocket(zmq.PAIR)
 	if err != nil {
 		return err
 	}
+	defer wake.Close()
 	if err := wake.Connect(name); err != nil {
 		return err
 	}
@@ -306,7 +312,6 @@ func (c *Client) Run(ctx context.Context) error {
 		c.mu.Lock()
 		c.wake = nil
 		c.mu.Unlock()
-		wake.Close()
 	}()
 	return c.serve(ctx, dealer, bell)
 }

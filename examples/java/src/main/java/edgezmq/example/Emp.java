@@ -518,7 +518,7 @@ public final class Emp implements Closeable {
         if (isAttached && pinged >= 0 && now - pinged > LIVENESS_MS) {
             isAttached = false; // no PONG
         }
-        if (!isAttached && now >= helloDue) {
+        if (!isAttached && end == null && now >= helloDue) { // not once FENCED or REFUSED has ended us
             helloDue = now + HELLO_MS;
             put("HELLO/1", name, List.of(), incarnation, generation, LIVENESS_MS, "java-example", 2048, 8 << 20,
                     ProcessHandle.current().pid());
