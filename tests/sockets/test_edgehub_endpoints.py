@@ -1,7 +1,6 @@
 """Several CloudHubs: over to the next one, back to the first, nothing lost and nothing twice on the way."""
 
 import asyncio
-import socket
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,7 @@ from modules.edgehub.hub import EdgeHub
 from tests.modules.edgehub.fakes import FakeDeferral, hand_over, running, upload
 from tests.modules.edgehub.simulated import NODE, cloud, served, settings, state
 from tests.support.aio import run, until
-
-
-def free_port() -> int:
-    with socket.socket() as finder:
-        finder.bind(("127.0.0.1", 0))
-        return int(finder.getsockname()[1])
+from tests.support.mosquitto import free_port
 
 
 def two(first: int, second: CloudSim, **changes: object) -> EdgeHubConfig:

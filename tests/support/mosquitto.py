@@ -5,7 +5,9 @@ Where it is not installed the tests are skipped with that reason; under env CI t
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -17,6 +19,10 @@ from pathlib import Path
 import pytest
 
 from tests.support.deadline import DEADLINE
+
+UNGIVEN_PORTS = (20_000, 32_000)
+"Below net.ipv4.ip_local_port_range as it is by default."
+_chance = random.SystemRandom()  # which hypothesis does not set to the same start in all processes
 
 
 def find_mosquitto() -> str | None:
@@ -36,9 +42,16 @@ def require_mosquitto() -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of loopback that nobody else gets by chance: not of those that the kernel gives to who asks for any.
+
+    A test beside this one would else have it, while what is to listen there is starting, or down for a moment.
+    """
+    while True:
+        port = _chance.randrange(*UNGIVEN_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class Mosquitto:
