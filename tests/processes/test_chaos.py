@@ -39,7 +39,7 @@ def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     command = [sys.executable, "-m", "chaos", "--quick", "--seed", "1", "--json", str(target), *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        output, _ = process.communicate(timeout=DEADLINE * 8)
+        output, _ = process.communicate(timeout=DEADLINE * 10)
     finally:
         process.terminate()  # it ends all that it started
         process.wait()
