@@ -48,6 +48,7 @@ from cloudsim.lanes import (
     Lanes,
     Package,
 )
+from cloudsim.line import Line
 from cloudsim.wire import CloudMessage, Header, Route, Undecodable
 from runtime.errors import MalformedMessage
 from runtime.message import new_id
@@ -195,27 +196,21 @@ class _Quic(QuicConnection):
             stream.max_stream_data_local_sent = stream.max_stream_data_local
 
 
-class Connection:
+class Connection(Line[DatagramPipe[tuple[bytes, NetworkAddress]]]):
     """One QUIC connection of a node. Fulfils `shell.Wire`."""
 
     def __init__(self, shell: Shell, listener: Listener, quic: _Quic, lanes: Lanes, chance: random.Random) -> None:
+        super().__init__(DatagramPipe(chance), DatagramPipe(chance))
         self._shell = shell
         self._listener = listener
         self._quic = quic
         self._lanes = lanes
         self._number = 0
         self._is_over = False  # the hub is done with it
-        self._stalled = False
-        self._ignored = False
-        self._half_open = False
-        self._cut_next = False
-        self._answer_delay = 0.0
         self._unread: list[tuple[int, bytes, bool]] = []
         self._outgoing: deque[bytes] = deque()
         self._writing: int | None = None  # the stream last written to
         self._told_writable = True
-        self._upward: DatagramPipe[tuple[bytes, NetworkAddress]] = DatagramPipe(chance)
-        self._downward: DatagramPipe[tuple[bytes, NetworkAddress]] = DatagramPipe(chance)
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._transmission: asyncio.Handle | None = None
         for fault in shell.line_faults():
@@ -511,41 +506,13 @@ class Connection:
         self._ignored = not wanted
         self._read_on()
 
-    def afflict(self, fault: Fault) -> None:
-        seconds = fault.seconds
-        match fault.fault:
-            case "stall":
-                self._stalled = True
-                self._heal_later(seconds)
-            case "half-open":
-                self._half_open = True
-                self._heal_later(seconds)
-            case "throttle":
-                self._upward.bytes_per_second = self._downward.bytes_per_second = fault.bytes_per_second
-            case "delay":
-                self._upward.latency_seconds = self._downward.latency_seconds = (seconds or 0.0) / 2
-            case "loss":
-                self._upward.loss = self._downward.loss = fault.rate or 0.0
-            case "slow-pong":
-                self._answer_delay = seconds or 0.0
-            case "close-mid-frame":
-                self._cut_next = True
-            case "clear":
-                self._heal()
-            case _:
-                pass  # not a fault of the line
-
-    def _heal_later(self, seconds: float | None) -> None:
-        if seconds is not None:
-            asyncio.get_running_loop().call_later(seconds, self._heal)
+    def _lose(self, rate: float) -> None:
+        self._upward.loss = self._downward.loss = rate
 
     def _heal(self) -> None:
         if not self._listener.holds(self):
             return
-        self._half_open = self._stalled = self._cut_next = False
-        self._answer_delay = 0.0
-        for pipe in (self._upward, self._downward):
-            pipe.clear_rules(time.monotonic())
+        self._clear_faults(time.monotonic())
         self._upward_due()
         self._downward_due()
         self._read_on()

@@ -21,6 +21,7 @@ from cloudsim import frames, handshake, tls
 from cloudsim.faults import Fault
 from cloudsim.hub import Peer
 from cloudsim.impairment import Pipe
+from cloudsim.line import Line
 
 log = logging.getLogger("cloudsim.websocket")
 
@@ -51,10 +52,11 @@ class _Phase(enum.Enum):
     "The hub is done with it; bytes that still come are thrown away."
 
 
-class Connection(asyncio.Protocol):
+class Connection(Line[Pipe], asyncio.Protocol):
     """One TCP connection of a node. Fulfils `shell.Wire`."""
 
     def __init__(self, shell: Shell, context: ssl.SSLContext, max_message_bytes: int, on_lost: Callable[..., None]):
+        super().__init__(Pipe(), Pipe())
         self._shell = shell
         self._from_node = ssl.MemoryBIO()
         self._to_node = ssl.MemoryBIO()
@@ -68,13 +70,6 @@ class Connection(asyncio.Protocol):
         self._deadline: asyncio.TimerHandle | None = None
         self._unwritten: list[bytes] = []
         self._corked = False
-        self._ignored = False
-        self._stalled = False
-        self._half_open = False
-        self._cut_next = False
-        self._pong_delay = 0.0
-        self._upward = Pipe()
-        self._downward = Pipe()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._tcp_full = False
         self._told_writable = True
@@ -243,10 +238,10 @@ class Connection(asyncio.Protocol):
         self._shell.settle()
 
     def _pong(self, frame: bytes) -> None:
-        if not self._pong_delay:
+        if not self._answer_delay:
             self._unwritten.append(frame)
         else:
-            asyncio.get_running_loop().call_later(self._pong_delay, self._write, frame)
+            asyncio.get_running_loop().call_later(self._answer_delay, self._write, frame)
 
     # --- bytes to the node -----------------------------------------------------------------------
 
@@ -347,39 +342,12 @@ class Connection(asyncio.Protocol):
         self._flow()
 
     def afflict(self, fault: Fault) -> None:
-        seconds = fault.seconds
-        match fault.fault:
-            case "stall":
-                self._stalled = True
-                self._heal_later(seconds)
-            case "half-open":
-                self._half_open = True
-                self._heal_later(seconds)
-            case "throttle":
-                self._upward.bytes_per_second = self._downward.bytes_per_second = fault.bytes_per_second
-            case "delay":
-                self._upward.latency_seconds = self._downward.latency_seconds = (seconds or 0.0) / 2
-            case "slow-pong":
-                self._pong_delay = seconds or 0.0
-            case "close-mid-frame":
-                self._cut_next = True
-            case "clear":
-                self._heal()
-            case _:
-                pass  # not a fault of the line
+        super().afflict(fault)
         self._flow()
 
-    def _heal_later(self, seconds: float | None) -> None:
-        if seconds is not None:
-            asyncio.get_running_loop().call_later(seconds, self._heal)
-
     def _heal(self) -> None:
-        was_half_open, self._half_open = self._half_open, False
-        self._stalled = self._cut_next = False
-        self._pong_delay = 0.0
-        now = time.monotonic()
-        for pipe in (self._upward, self._downward):
-            pipe.clear_rules(now)
+        was_half_open = self._half_open
+        self._clear_faults(time.monotonic())
         if was_half_open and self._tcp is not None:
             # What was written meanwhile is lost, so this TLS connection cannot go on.
             self.abort()
