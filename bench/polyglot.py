@@ -30,9 +30,10 @@ def missing(language: str) -> str | None:
     """Why there is no program of this language here; None when there is one, which this builds."""
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/go/bin", str(BENCH.parent / ".go" / "bin")])
     program = _program(language)
+    fresh = program.with_name(f"{program.name}.{os.getpid()}")
     tool, command, hint = {
-        C: ("make", ["-B", f"OUT={program}"], "gcc, make, libzmq3-dev and libmsgpack-dev"),
-        GO: ("go", ["build", "-mod=readonly", "-o", str(program), "."], "Go (tests/peers/install-go), libzmq3-dev"),
+        C: ("make", ["-B", f"OUT={fresh}"], "gcc, make, libzmq3-dev and libmsgpack-dev"),
+        GO: ("go", ["build", "-mod=readonly", "-o", str(fresh), "."], "Go (tests/peers/install-go), libzmq3-dev"),
     }[language]
     found = shutil.which(tool, path=path)
     if found is None:
@@ -52,6 +53,7 @@ def missing(language: str) -> str | None:
         return f"bench/{language} could not be built: {fault}"
     if done.returncode:
         return f"bench/{language} could not be built (needed are {hint}): {done.stderr.strip()[-500:]}"
+    fresh.replace(program)  # as a whole: another bench may be running it
     return None
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import polyglot, report
 from tests.support.deadline import DEADLINE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,6 +50,23 @@ def test_a_quick_run_measures_the_cloud_link_over_both_transports(tmp_path: Path
         }
         assert document["edgehub_peak_mib"][transport] > 0
         assert document["native_uploads_confirmed_per_s"][transport] is None
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("contender", [report.C_TO_PYTHON, report.GO_TO_GO])
+def test_a_quick_run_measures_modules_in_other_languages(contender: str, tmp_path: Path) -> None:
+    languages = {report.C_TO_PYTHON: polyglot.C, report.GO_TO_GO: polyglot.GO}
+    if why := polyglot.missing(languages[contender]):
+        pytest.skip(why)
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", "bench", "--quick", "--only", "latency", "--contender", contender]
+    run = subprocess.run(
+        [*command, "--json", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=3 * DEADLINE, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    document = json.loads(out.read_text())
+    assert document["bus_latency_p99_us"][contender] >= document["bus_latency_p50_us"][contender] > 0
+    assert document["cpu_us_per_message"]["bus_latency_p50_us"][contender].keys() == {"sender", "server", "receiver"}
 
 
 @pytest.mark.processes
