@@ -89,6 +89,7 @@ def test_a_link_that_is_never_quiet_is_held_back_for_a_moment(tmp_path: Path, mo
     run(scenario())
 
 
+@pytest.mark.alone
 def test_a_first_endpoint_that_rejects_us_is_left_again_and_tried_less_and_less(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with cloud(tmp_path, node_limit=0) as full, cloud(tmp_path) as second:
