@@ -16,6 +16,7 @@ import contextlib
 import faulthandler
 import gc
 import logging
+import math
 import os
 import select
 import signal
@@ -28,7 +29,7 @@ from typing import Final, NamedTuple
 import zmq
 
 from runtime import emp, locks, logs, memory, zap
-from runtime.access import Access, Credentials
+from runtime.access import Access, Credentials, Pace
 from runtime.config import NodeConfig, load
 from runtime.errors import EdgezmqError
 from runtime.exits import stopped_status
@@ -42,6 +43,10 @@ log = logging.getLogger("runtime.broker")
 
 TURN_MESSAGES: Final = 256
 "Multipart messages read before what they caused is sent."
+OWN_TURN_MESSAGES: Final = 32
+"Likewise, of a socket that is one module's own: who floods it is not to fill the turns in which others are served."
+STRANGERS_PER_SECOND: Final = 500.0
+"Frames of peers that have not said HELLO, on a module's own socket: after a second's worth it is read at this rate."
 TURN_KEYS: Final = 64
 "Connections over tcp whose key is looked at in one turn."
 MAX_TOLD_KEYS: Final = 256
@@ -113,6 +118,8 @@ class Broker:
         self._watched: dict[int, tuple[str, int]] = {}  # pidfd -> name, pid
         self._dead: list[tuple[str, int]] = []
         self._stopping = False
+        self._strangers: dict[int, Pace] = {}  # by index, of sockets that are one module's own
+        self._resume_at = math.inf
         self._unread = 0
         self._tell_unread_at = 0.0
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -220,6 +227,7 @@ class Broker:
 
     def _close(self, index: int) -> None:
         socket, self._sockets[index] = self._sockets[index], None
+        self._strangers.pop(index, None)
         self._ending.pop(index, None)
         if socket is not None:
             self._poll.unregister(int(socket.getsockopt(zmq.FD)))
@@ -257,12 +265,13 @@ class Broker:
                 for index in [index for index, due in self._ending.items() if due <= now]:
                     self._close(index)
             busy = self._zap is not None and self._admit()
+            self._resume_at = math.inf
             for index, socket in enumerate(self._sockets):
                 if socket is None:
                     continue
                 messages = self._read(index, socket)
                 busy = busy or messages > 0
-                drained = drained and messages < TURN_MESSAGES
+                drained = drained and messages < self._turn(index)
             now = clock()
             if drained:
                 # What the dead had sent before is read by now.
@@ -277,7 +286,7 @@ class Broker:
             wake_due = clock()
             if not busy:
                 # Nothing read and nothing sent since the sockets were asked: the descriptors tell what comes.
-                timeout = max(0.0, min(deadline, core.paced_until) - wake_due)
+                timeout = max(0.0, min(deadline, core.paced_until, self._resume_at) - wake_due)
                 wake_due += timeout
                 self._wait(timeout)
 
@@ -301,17 +310,33 @@ class Broker:
         return asked
 
     def _read(self, index: int, socket: zmq.Socket[bytes]) -> int:
-        """Give the core what has come, at most TURN_MESSAGES; how many it was."""
+        """Give the core what has come, at most one turn's worth; how many it was."""
         core = self._core
         clock = time.monotonic
         name = self._listeners[index].name
-        count = 0
-        while count < TURN_MESSAGES and is_readable(socket):
+        count, turn = 0, self._turn(index)
+        pace = self._strangers.setdefault(index, Pace(STRANGERS_PER_SECOND, 0)) if name else None
+        # Asked in any case, for it also takes back libzmq's signal, which would wake us again at once.
+        if is_readable(socket) and pace is not None:
+            now = clock()
+            due = pace.due_at(now)
+            if due > now:
+                self._resume_at = min(self._resume_at, due)
+                return 0
+        while count < turn and is_readable(socket):
             routing_id, frames, last = receive_routed(socket)
             peer: Peer = (index, routing_id)
-            core.receive(peer, frames, clock(), None if core.is_attached(peer) else _credentials(last, name))
+            if core.is_attached(peer):
+                core.receive(peer, frames, clock())
+            else:
+                core.receive(peer, frames, clock(), _credentials(last, name))
+                if pace is not None:
+                    pace.take(1, 0)
             count += 1
         return count
+
+    def _turn(self, index: int) -> int:
+        return OWN_TURN_MESSAGES if self._listeners[index].name else TURN_MESSAGES
 
     def _perform(self, now: float) -> bool:
         """Send what the core wants sent; whether there was anything."""
