@@ -41,7 +41,17 @@ TEMPLATES: Final = {
     "go": Template(
         "go",
         "go-example",
-        (".gitignore", "README.md", "emp/emp.go", "go-example.conf", "go.mod", "go.sum", "main.go"),
+        (
+            ".gitignore",
+            "README.md",
+            "emp/batch_test.go",
+            "emp/emp.go",
+            "emp/emp_test.go",
+            "go-example.conf",
+            "go.mod",
+            "go.sum",
+            "main.go",
+        ),
         "go build -o go-example .",
         "./go-example",
     ),
@@ -150,3 +160,10 @@ def make(name: str, language: str, directory: Path | None) -> None:
         print(path)
     print(f"\nDoes it keep the protocol?   {place / 'conform.sh'}")
     print(f"Under supervisord:           copy {place} and {place / name}.conf into EDGEZMQ_HOME/modules.d")
+    print(
+        f"Where a policy is in force:  {name}: {{users: [USER], ownSocket: true, to: [...]}} in runtime.policy.modules,"
+    )
+    print("                             then edgezmq reload; as that user it runs by")
+    print(
+        f"                             `-m runtime.exec --name {name} --user USER -- …` in its .conf: docs/isolation.md"
+    )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.cli.scaffolding import TEMPLATES, CannotScaffold, scaffold
+from runtime.cli.scaffolding import TEMPLATES, CannotScaffold, make, scaffold
 from runtime.shipped import shipped
 from tests.support.deadline import DEADLINE
 
@@ -76,3 +76,11 @@ def test_nothing_is_written_over_and_no_template_is_made_up(tmp_path: Path) -> N
         scaffold("lamp", "cobol", tmp_path / "new")
     with pytest.raises(CannotScaffold, match="none/go"):
         scaffold("lamp", "go", tmp_path / "new", examples=tmp_path / "none")
+
+
+def test_it_says_what_a_policy_wants_of_the_new_module(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make("pump", "python", tmp_path / "pump")
+    said = capsys.readouterr().out
+    assert "pump: {users: [USER], ownSocket: true" in said
+    assert "edgezmq reload" in said
+    assert "--name pump --user USER" in said
