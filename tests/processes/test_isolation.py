@@ -46,7 +46,7 @@ QUIET_SECONDS = 3.0
 BAD_SECONDS = 4.0
 "Long enough for some hundred requests, so that a p99 is one of several."
 FACTOR = 20.0
-FLOOR_SECONDS = 0.5
+FLOOR_SECONDS = DEADLINE / 40
 "The p99 beside a bad neighbour may be so many times the one before, and this much in any case: two processors carry\
  all of it and the other tests, so this tells a node that is hurt (seconds, timeouts) from one that is busy."
 
