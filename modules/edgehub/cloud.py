@@ -127,6 +127,7 @@ _STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _NOT_BRACKETS: Final = bytes(set(range(256)) - set(b"[]{}"))
 _STEPS: Final = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _MAX_TIMESTAMP: Final = 2**63 - 1
+_MIN_TIMESTAMP: Final = -_MAX_TIMESTAMP
 
 
 def check_json(content: bytes, max_depth: int) -> None:
@@ -174,14 +175,15 @@ def encode_up(message: Message, max_depth: int) -> bytes:
 
 def check_up(message: Message, max_depth: int) -> None:
     """Raise InvalidMessage for what CloudHub cannot read, in either form."""
-    if message.kind == JSON:
+    kind = message.kind
+    if kind == JSON:
         check_json(message.content, max_depth)
-    elif message.kind == TEXT and not message.content.isascii():
+    elif kind == TEXT and not message.content.isascii():
         try:
             message.content.decode()
         except UnicodeDecodeError as fault:
             raise InvalidMessage(f"content says text but is not UTF-8: {fault}") from fault
-    if not -_MAX_TIMESTAMP <= message.timestamp <= _MAX_TIMESTAMP:
+    if not _MIN_TIMESTAMP <= message.timestamp <= _MAX_TIMESTAMP:
         raise InvalidMessage(f"timestamp {message.timestamp} does not fit into 64 bits")
 
 

@@ -322,8 +322,9 @@ class Connection:
                     only=lane.kind,
                 )
                 if entries:
-                    signals = [entry.payload for entry in entries if entry.kind is Class.SIGNAL]
-                    payloads = [entry.payload for entry in entries if entry.kind is not Class.SIGNAL]
+                    if entries[0].kind is Class.SIGNAL:
+                        signals = [entry.payload for entry in entries if entry.kind is Class.SIGNAL]
+                    payloads = [entry.payload for entry in entries[len(signals) :]]  # signals come first
                     self._host.load()
                     self._pace.take(len(signals), len(payloads))
                 elif room < _BATCH_BYTES:

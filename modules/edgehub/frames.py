@@ -32,6 +32,7 @@ MAX_HEADER_BYTES: Final = 14
 _short_head = struct.Struct("!BB").pack
 _medium_head = struct.Struct("!BBH").pack
 _long_head = struct.Struct("!BBQ").pack
+_each_key = struct.Struct("4s").iter_unpack
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +91,11 @@ class FrameWriter:
 
     def texts(self, payloads: Sequence[bytes]) -> list[bytes]:
         """The pieces of one text frame per payload, to be joined and written in one go."""
-        keys = self._random_bytes(4 * len(payloads))
+        keys = _each_key(self._random_bytes(4 * len(payloads)))
         mask = self._mask
         pieces: list[bytes] = []
         add = pieces.append
-        at = 0
-        for payload in payloads:
-            key = keys[at : at + 4]
-            at += 4
+        for payload, (key,) in zip(payloads, keys, strict=True):
             size = len(payload)
             if size < 126:
                 add(_short_head(_FIN | TEXT, _MASKED | size))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 from modules.edgehub import cloud
@@ -136,7 +135,7 @@ def make_encoder(config: EdgeHubConfig) -> Callable[[Message], bytes]:
     """
     max_depth = config.max_content_depth
     if config.protocol == WEBSOCKET:
-        return partial(cloud.encode_up, max_depth=max_depth)
+        return lambda message: cloud.encode_up(message, max_depth)
     from runtime.viaduct import encode_message
 
     def encode(message: Message) -> bytes:

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final, Generic, NamedTuple, TypeVar
 
+import msgspec
+
 T = TypeVar("T")
 
 
@@ -55,24 +57,26 @@ class OutboxLimits:
     stored_bytes: int = 1 << 62
 
 
-class Entry(Generic[T]):
+class Entry(msgspec.Struct, Generic[T], eq=False):  # a Struct is made in a third of the time
     """One message on its way up."""
 
-    __slots__ = ("confirmed", "is_volatile", "key", "kind", "payload", "row", "sender", "since", "storing", "token")
-
-    def __init__(
-        self, payload: bytes, token: T | None, kind: Class, sender: str, since: float, is_volatile: bool, row: int
-    ) -> None:
-        self.payload = payload  # its JSON text as it is written
-        self.token = token  # given back when it is settled; None once it was
-        self.kind = kind
-        self.sender = sender
-        self.since = since  # when it was put, then when it was written
-        self.is_volatile = is_volatile  # never stored: nobody would wait for it after a restart
-        self.row = row  # its number on disk; 0 = none
-        self.storing = False  # ordered to be stored, not committed yet
-        self.confirmed = False
-        self.key = ""  # what a later message may take its place by
+    payload: bytes
+    "Its text as it is written."
+    token: T | None
+    "Given back when it is settled; None once it was."
+    kind: Class
+    sender: str
+    since: float
+    "When it was put, then when it was written."
+    is_volatile: bool
+    "Never stored: nobody would wait for it after a restart."
+    row: int
+    "Its number on disk; 0 = none."
+    storing: bool = False
+    "Ordered to be stored, not committed yet."
+    confirmed: bool = False
+    key: str = ""
+    "What a later message may take its place by."
 
 
 class StoredRow(NamedTuple):
@@ -315,11 +319,16 @@ class Outbox(Generic[T]):
                     break
                 # What is taken from a source makes no other one come before it.
                 while source and most > 0:
-                    size = len(source[0].payload)
+                    entry = source[0]
+                    size = len(entry.payload)
                     if size > left and not (is_empty and not taken):
                         # Data must not pass a signal that waits for room.
                         return self._written(taken, now)
-                    taken.append(self._pop(queue, source))
+                    if entry.row:
+                        self._pop(queue, source)
+                    else:
+                        source.popleft()
+                    taken.append(entry)
                     left -= size
                     most -= 1
         return self._written(taken, now)
@@ -392,10 +401,17 @@ class Outbox(Generic[T]):
         count = 0
         while flight.covered and flight.covered[0][0] <= barrier:
             count += flight.covered.popleft()[1]
+        next_entry = flight.unconfirmed.popleft
         for _ in range(count):
-            entry = flight.unconfirmed.popleft()
+            entry = next_entry()
             flight.bytes -= len(entry.payload)
-            self._done(entry)
+            if entry.row:
+                self._done(entry)
+            else:
+                entry.confirmed = True
+                queue = self._queues[entry.kind]
+                queue.memory_messages -= 1
+                queue.memory_bytes -= len(entry.payload)
             if entry.token is not None:
                 settled.append(entry.token)
                 entry.token = None
