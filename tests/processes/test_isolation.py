@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,7 +189,8 @@ def events(home: Path, name: str) -> confine.Struck:
     for directory in cgroups_of(home).get(name, []):
         for files in confine.EVENT_FILES.values():
             for controller, file in files.items():
-                if (directory / file).exists():
+                # A module that is just starting anew gets another cgroup: the file is gone, or ENODEV.
+                with suppress(OSError):
                     texts[controller] = (directory / file).read_text()
     return confine.struck(texts)
 
